@@ -1,0 +1,1 @@
+"""Latents against concepts: alignment, contrastive vectors, comparison and causal tests."""

@@ -1,0 +1,191 @@
+"""Contrastive vectors: the original recipe, how reliable they are, and which concepts are near.
+
+The recipe is that of "Emotion Concepts and their Function in a Large Language Model" (arXiv
+2604.07729): the mean of a concept minus the mean over concepts, then the top principal components
+of neutral text, as many as explain half of its variance, are projected out.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int, Shaped
+from scipy.sparse import csr_array
+
+from saes.errors import UserError
+
+
+class ContrastResult(NamedTuple):
+    """Contrastive vectors and the nuisance directions that were removed from them."""
+
+    vectors: Float[np.ndarray, "concepts d_model"]
+    """Not normalised: the unit is that of the residual stream."""
+    neutral: Float[np.ndarray, "components d_model"]
+    """Orthonormal principal axes of the neutral residuals; every vector is orthogonal to them."""
+    neutral_variance: float
+    """Share of the neutral variance that the removed axes explain."""
+
+    @property
+    def n_neutral_components(self) -> int:
+        """How many principal components of the neutral residuals were projected out."""
+        return len(self.neutral)
+
+
+class Reliability(NamedTuple):
+    """How well half of the topics reproduces the vectors of the other half."""
+
+    cosine: Float[np.ndarray, " concepts"]
+    """Mean cosine between the vectors of two halves."""
+    reliability: Float[np.ndarray, " concepts"]
+    """Spearman-Brown: what the cosine would be between two whole corpora of this size; 0 to 1."""
+    ceiling: Float[np.ndarray, " concepts"]
+    """sqrt(reliability): the cosine to expect with the noise-free vector, so with anything."""
+
+
+def contrastive_vectors(
+    residuals: Float[np.ndarray, "texts d_model"],
+    labels: Int[np.ndarray, " texts"],
+    n_concepts: int,
+    neutral: Float[np.ndarray, "neutral_texts d_model"],
+    variance: float = 0.5,
+) -> ContrastResult:
+    """Contrastive vectors of `n_concepts` concepts from pooled residuals at one site.
+
+    Args:
+        residuals: pooled residual of each labelled text.
+        labels: index of each text's concept.
+        n_concepts: rows of the result.
+        neutral: pooled residuals of texts without emotion.
+        variance: share of the neutral variance that the removed components must explain; 0 keeps
+            the plain differences of means.
+
+    Raises:
+        UserError: fewer than two concepts, a concept without texts, too little neutral text.
+    """
+    if n_concepts < 2:
+        raise UserError(f"contrastive vectors need at least 2 concepts, got {n_concepts}")
+    empty = np.flatnonzero(np.bincount(labels, minlength=n_concepts) == 0)
+    if len(empty):
+        raise UserError(
+            f"{len(empty)} of {n_concepts} concepts have no text (first: number {empty[0]}): "
+            "add texts for them or leave them out"
+        )
+    axes, explained = neutral_axes(neutral, variance)
+    vectors = project_out(_differences(residuals, labels, n_concepts), axes)
+    return ContrastResult(vectors, axes, explained)
+
+
+def neutral_axes(
+    neutral: Float[np.ndarray, "neutral_texts d_model"], variance: float
+) -> tuple[Float[np.ndarray, "components d_model"], float]:
+    """The fewest top principal axes that explain at least `variance`, and what they explain.
+
+    Raises:
+        UserError: `variance` outside [0, 1), or neutral texts that do not vary.
+    """
+    if not 0 <= variance < 1:
+        raise UserError(f"the neutral variance to remove must be in [0, 1), got {variance}")
+    if variance == 0:
+        return np.zeros((0, neutral.shape[1])), 0.0
+    centred = neutral.astype(np.float64) - neutral.mean(0, dtype=np.float64)
+    _, singular, axes = np.linalg.svd(centred, full_matrices=False)
+    total = np.sum(singular**2)
+    if len(neutral) < 2 or total == 0:
+        raise UserError(
+            f"{len(neutral)} neutral texts show no variance to remove: give more of them, "
+            "or set the neutral variance to 0"
+        )
+    explained = np.cumsum(singular**2) / total
+    n = int(np.searchsorted(explained, variance)) + 1
+    return axes[:n], float(explained[n - 1])
+
+
+def split_half(
+    residuals: Float[np.ndarray, "texts d_model"],
+    labels: Int[np.ndarray, " texts"],
+    topics: Shaped[np.ndarray, " texts"],
+    n_concepts: int,
+    neutral: Float[np.ndarray, "components d_model"],
+    *,
+    halves: int = 50,
+    seed: int = 0,
+) -> Reliability:
+    """Split-half reliability of contrastive vectors, over random halves of the topics.
+
+    Halves are halves of the topics, not of the texts: texts of a topic share more than a concept.
+    The cosines are averaged over `halves` random splits and then stepped up to the full corpus by
+    the Spearman-Brown formula. A negative mean cosine is no reliability: 0. A split in which a
+    concept is missing from one half (only in unbalanced corpora) says nothing about that concept.
+
+    Args:
+        residuals: pooled residual of each labelled text.
+        labels: index of each text's concept.
+        topics: topic of each text, any sortable kind.
+        n_concepts: rows of the result.
+        neutral: the axes that the recipe projects out (`ContrastResult.neutral`).
+        halves: how many random splits.
+        seed: of the splits.
+
+    Raises:
+        UserError: a concept was never in both halves (it has texts in too few topics).
+    """
+    _, topic = np.unique(topics, return_inverse=True)
+    n_topics = int(topic.max()) + 1
+    cleaned = project_out(residuals.astype(np.float64), neutral)
+    rng = np.random.default_rng(seed)
+    total, seen = np.zeros(n_concepts), np.zeros(n_concepts, dtype=np.int64)
+    for _ in range(halves):
+        first = np.isin(topic, rng.permutation(n_topics)[: n_topics // 2])
+        a, b = (_differences(cleaned[m], labels[m], n_concepts) for m in (first, ~first))
+        both = np.bincount(labels[first], minlength=n_concepts) > 0
+        both &= np.bincount(labels[~first], minlength=n_concepts) > 0
+        cosine = np.sum(unit_rows(a[both]) * unit_rows(b[both]), axis=1)
+        total[both] += cosine
+        seen += both
+    if not seen.all():
+        raise UserError(
+            f"{np.sum(seen == 0)} of {n_concepts} concepts have texts in too few topics for "
+            f"split halves (first: number {np.argmin(seen)}): add topics"
+        )
+    cosine = total / seen
+    positive = np.clip(cosine, 0, 1)
+    reliability = 2 * positive / (1 + positive)
+    return Reliability(cosine, reliability, np.sqrt(reliability))
+
+
+def nearest(
+    vectors: Float[np.ndarray, "concepts d_model"], k: int = 5
+) -> Int[np.ndarray, "concepts neighbours"]:
+    """The `k` other concepts with the largest cosine, nearest first; ties go to the lower index.
+
+    With fewer than k + 1 concepts there are as many neighbours as other concepts.
+    """
+    units = unit_rows(vectors)
+    cosine = units @ units.T
+    np.fill_diagonal(cosine, -np.inf)
+    order = np.argsort(-cosine, axis=1, kind="stable")
+    return order[:, : min(k, len(vectors) - 1)]
+
+
+def project_out(
+    x: Float[np.ndarray, "n d_model"], axes: Float[np.ndarray, "components d_model"]
+) -> Float[np.ndarray, "n d_model"]:
+    """`x` without its part in the span of the orthonormal `axes`."""
+    return x - (x @ axes.T) @ axes
+
+
+def unit_rows(x: Float[np.ndarray, "n d_model"]) -> Float[np.ndarray, "n d_model"]:
+    """Rows scaled to length 1; a row of zeros stays zero, so that its cosines are 0."""
+    norms = np.linalg.norm(x, axis=1, keepdims=True)
+    return np.divide(x, norms, out=np.zeros_like(x), where=norms > 0)
+
+
+def _differences(
+    residuals: Float[np.ndarray, "texts d_model"], labels: Int[np.ndarray, " texts"], n: int
+) -> Float[np.ndarray, "n d_model"]:
+    """Mean of each concept minus the mean over the concepts that have texts (others: zeros)."""
+    counts = np.bincount(labels, minlength=n)
+    weights = (1 / counts[labels], (labels, np.arange(len(labels))))
+    average = csr_array(weights, shape=(n, len(labels)))
+    means = np.asarray(average @ residuals.astype(np.float64))
+    present = counts > 0
+    return np.where(present[:, None], means - means[present].mean(0), 0.0)

@@ -1,0 +1,283 @@
+"""Typed rows of every result, and their parquet schema. No torch.
+
+Each stage writes lists of these records; the catalog, the report and notebooks read them back as the
+same types. The parquet schema is derived from the dataclass, so a file that does not fit is refused.
+"""
+
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from saes.errors import UserError
+
+Verdict = Literal["found", "found as a set", "found for the family", "lexical only", "not found"]
+VERDICTS: tuple[Verdict, ...] = typing.get_args(Verdict)
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The verdict on one concept and the figures behind it (protocol steps in `discovery.align`).
+
+    AUROCs are within-topic. `auroc_first` and `set_auroc_first` are cross-fitted over writers on the
+    selection set; `auroc` and `set_auroc` are on the confirmation set, with a 95 % interval.
+    """
+
+    concept: str
+    family: str
+    verdict: str
+    also_lexical: bool
+    site: str
+    latent: int
+    firing: float  # share of confirmation texts in which the latent is non-zero
+    auroc_first: float
+    auroc: float
+    auroc_low: float
+    auroc_high: float
+    p: float
+    q: float
+    specific_auroc: float  # among the concept and its five nearest concepts
+    specific_p: float
+    specific_q: float | None  # None where step 5 did not reject
+    set_auroc_first: float
+    set_auroc: float
+    set_auroc_low: float
+    set_auroc_high: float
+    set_p: float
+    set_q: float
+    set_specific_auroc: float
+    set_specific_p: float
+    set_specific_q: float | None
+    nearest: tuple[str, ...]
+    lexical_latent: int
+    lexical_auroc: float
+    lexical_p: float
+    lexical_q: float
+    latent_lexical_p: float  # the story latent on the test mentions (`also_lexical`)
+    detectable_auroc: float  # what the data would have shown with 80 % power
+
+
+@dataclass(frozen=True)
+class SetMember:
+    """One latent of a concept's set of k latents, with its discriminant weight."""
+
+    concept: str
+    site: str
+    rank: int
+    latent: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """Within-topic AUROC of one method for one concept on one set, with a 95 % interval over topics.
+
+    `method`: latent, set, vector, probe, embedding, tfidf. `set`: first (cross-fitted over writers),
+    hard (trained or chosen on first), situations (no topics: pooled over the three texts).
+    """
+
+    concept: str
+    method: str
+    set: str
+    auroc: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """AUROC of the latent or the set minus that of a baseline on the hard set, paired by topic."""
+
+    concept: str
+    ours: str
+    baseline: str
+    difference: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Control:
+    """Verdict counts of the whole procedure under one labelling (`true`, or shuffled within topic)."""
+
+    labels: str
+    found: int
+    found_as_a_set: int
+    found_for_the_family: int
+    lexical_only: int
+    not_found: int
+    rejected: int  # of the 2 x concepts tests of step 5
+
+
+@dataclass(frozen=True)
+class SiteChoice:
+    """Mean cross-fitted AUROC on the first set at each site; the best set figure chooses the site."""
+
+    site: str
+    latent_auroc_first: float
+    set_auroc_first: float
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A concept's contrastive vector at a site: its reliability and its place in the PCA plane."""
+
+    concept: str
+    site: str
+    norm: float  # as a fraction of the mean residual norm at the site
+    reliability: float  # Spearman-Brown corrected split-half cosine
+    ceiling: float  # sqrt(reliability): the largest cosine that can be expected with anything
+    pc1: float
+    pc2: float
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Pearson r between a principal component of the concept vectors and a human norm."""
+
+    site: str
+    norm: str  # valence, arousal, dominance
+    source: str  # glasgow, vader
+    component: int  # 1 or 2
+    r: float
+    low: float
+    high: float
+    n: int
+    variance: float  # share of variance of the component
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Cosine of a concept's feature direction with its contrastive vector, against all decoder rows."""
+
+    concept: str
+    site: str
+    latent: int
+    cosine: float
+    percentile: float  # of `cosine` among the cosines of all decoder rows with the same vector
+    null_mean: float
+    null_low: float  # 2.5 % and 97.5 % quantiles over all decoder rows
+    null_high: float
+    set_cosine: float  # of the set's weighted decoder direction
+    nearest_latent: int  # decoder row with the largest cosine
+    nearest_cosine: float
+    ceiling: float
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one intervention at one dose did to a concept's words, averaged over neutral prompts."""
+
+    concept: str
+    verdict: str
+    condition: str  # feature, vector, random
+    site: str
+    latent: int  # -1 where no single latent is meant
+    dose: float  # norm of the edit as a fraction of the mean residual norm
+    delta_logprob: float  # nats, mean over prompts and the concept's words
+    low: float
+    high: float
+    kl: float  # nats, clean to edited next-token distribution
+    n: int  # prompts (feature, vector), or control latents (random)
+
+
+@dataclass(frozen=True)
+class Label:
+    """The name of a feature, how sure it is, and why."""
+
+    site: str
+    latent: int
+    name: str
+    confidence: float  # 0 to 1
+    level: str  # high, medium, low, none
+    reason: str
+    concepts: tuple[str, ...]  # concepts for which the latent is the best single one
+    density: float  # share of story texts in which it fires
+
+
+@dataclass(frozen=True)
+class PromotedToken:
+    """A token that the feature's decoder row raises (+) or lowers (-) most, by logit lens."""
+
+    site: str
+    latent: int
+    sign: int
+    rank: int
+    token: str
+    logit: float
+
+
+@dataclass(frozen=True)
+class Context:
+    """A text in which the feature fires most, with its activation at every token."""
+
+    site: str
+    latent: int
+    rank: int
+    text_id: str
+    set: str
+    concept: str
+    topic: str
+    peak: float
+    tokens: tuple[str, ...]
+    activations: tuple[float, ...]
+
+
+Record = TypeVar("Record")
+
+_SCALARS = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+
+
+def _arrow_field(name: str, kind: Any) -> pa.Field:
+    nullable = False
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        (kind,) = [a for a in typing.get_args(kind) if a is not type(None)]
+        nullable = True
+    if typing.get_origin(kind) is tuple:
+        return pa.field(name, pa.list_(_SCALARS[typing.get_args(kind)[0]]), nullable)
+    return pa.field(name, _SCALARS[kind], nullable)
+
+
+def schema(record: type) -> pa.Schema:
+    """The parquet schema of a record type."""
+    hints = typing.get_type_hints(record)
+    return pa.schema([_arrow_field(f.name, hints[f.name]) for f in fields(record)])
+
+
+def write(path: Path, record: type[Record], rows: Iterable[Record]) -> None:
+    """Write `rows` of one record type to a parquet file; the same rows give the same bytes."""
+    columns = list(zip(*(astuple(typing.cast(Any, r)) for r in rows), strict=True))
+    kind = schema(record)
+    arrays = [
+        pa.array(list(columns[i]) if columns else [], type=f.type) for i, f in enumerate(kind)
+    ]
+    pq.write_table(pa.Table.from_arrays(arrays, schema=kind), path, compression="zstd")
+
+
+def read(path: Path, record: type[Record]) -> list[Record]:
+    """Read the rows back.
+
+    Raises:
+        UserError: the file is missing, damaged, or has other columns than `record`.
+    """
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"cannot read {path} as parquet: {str(error).splitlines()[0]}") from None
+    kind = schema(record)
+    if table.schema.names != kind.names:
+        raise UserError(
+            f"{path} holds columns {table.schema.names}, expected those of "
+            f"{record.__name__}: {kind.names}; delete its stage folder to make it anew"
+        )
+    lists = {f.name for f in kind if pa.types.is_list(f.type)}
+    return [
+        record(**{k: tuple(v) if k in lists else v for k, v in row.items()})
+        for row in table.to_pylist()
+    ]

@@ -1,0 +1,247 @@
+"""The front door: the stages in order, and the command line.
+
+    emotion-atlas demo                      the packaged demo, configs/demo.yaml
+    emotion-atlas run CONFIG [--set k=v]    a run; the same command goes on where it stopped
+    emotion-atlas browse RUN                the catalog of a run, in the browser
+
+Heavy packages are imported when a stage needs them, so help and a finished run answer at once.
+"""
+
+import argparse
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def _check_packages() -> None:
+    """Our package names are generic: stop when others of these names would be imported instead."""
+    for name in ("saes", "discovery", "labeling"):
+        spec = importlib.util.find_spec(name)
+        found = Path(spec.origin).resolve().parent if spec and spec.origin else None
+        if found != HERE / name:
+            sys.exit(
+                f"emotion-atlas: error: package {name!r} is found at {found}, not beside "
+                f"{Path(__file__).name}; another distribution shadows it: use a fresh environment"
+            )
+
+
+_check_packages()
+
+from discovery.commands import (  # noqa: E402
+    AlignConfig,
+    CaptureConfig,
+    CausalConfig,
+    ContrastConfig,
+    align,
+    capture,
+    causal,
+    compare,
+    contrast,
+    open_texts,
+    texts_fingerprint,
+)
+from labeling.commands import LabelConfig, browse, catalog, label, report, summary  # noqa: E402
+from saes.commands import Subject, SubjectConfig, fingerprint, load_subject  # noqa: E402
+from saes.config import load, override, read, to_dict  # noqa: E402
+from saes.errors import UserError  # noqa: E402
+from saes.run import Run, open_run  # noqa: E402
+from saes.stage import Event, Stage, is_done, run_stages, stage_keys  # noqa: E402
+from saes.track import TrackConfig, open_tracker  # noqa: E402
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run. Every field is explained in configs/demo.yaml."""
+
+    run: str
+    subject: SubjectConfig
+    concepts: tuple[str, ...] = ()
+    corpus: str = "packaged"
+    seed: int = 0
+    capture: CaptureConfig = field(default_factory=CaptureConfig)
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
+    causal: CausalConfig = field(default_factory=CausalConfig)
+    label: LabelConfig = field(default_factory=LabelConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+
+def stages(config: RunConfig, subject: Callable[[], Subject]) -> list[Stage]:
+    """The stages of a run, in order. `subject` is called by the stages that need the model.
+
+    Raises:
+        UserError: an unknown concept, or a corpus that does not fit.
+    """
+    texts = open_texts(config.corpus, config.concepts)
+    run, seed = Path(config.run), config.seed
+    model = {
+        name: fingerprint(name) for name in (config.subject.model, *config.subject.saes)
+    }
+    corpus = {"corpus": texts_fingerprint(texts)}
+    return [
+        Stage(
+            "capture",
+            lambda out: capture(out, subject(), texts, config.capture),
+            {"capture": config.capture, "subject": config.subject},
+            external=model | corpus,
+        ),
+        Stage(
+            "contrast",
+            partial(contrast, run=run, texts=texts, config=config.contrast, seed=seed),
+            {"contrast": config.contrast, "seed": seed},
+            inputs=("capture",),
+        ),
+        Stage(
+            "align",
+            partial(align, run=run, texts=texts, config=config.align, seed=seed),
+            {"align": config.align, "seed": seed},
+            inputs=("capture", "contrast"),
+        ),
+        Stage(
+            "compare",
+            lambda out: compare(out, run=run, subject=subject(), texts=texts),
+            inputs=("contrast", "align"),
+        ),
+        Stage(
+            "causal",
+            lambda out: causal(out, run=run, subject=subject(), texts=texts,
+                               config=config.causal, seed=seed),
+            {"causal": config.causal, "seed": seed},
+            inputs=("capture", "contrast", "align"),
+        ),
+        Stage(
+            "label",
+            lambda out: label(out, run=run, subject=subject(), texts=texts, config=config.label),
+            config.label,
+            inputs=("capture", "align"),
+        ),
+        Stage(
+            "catalog",
+            partial(catalog, run=run, texts=texts, config=config.subject),
+            inputs=("align", "contrast", "compare", "causal", "label"),
+        ),
+        Stage(
+            "report",
+            partial(report, run=run, texts=texts, config=config.subject),
+            inputs=("align", "contrast", "compare", "causal", "label"),
+        ),
+    ]  # fmt: skip
+
+
+def run(config: RunConfig) -> None:
+    """Run the stages that are not done yet, and print what was found and where to look.
+
+    Nothing is written before the model, the SAEs and the corpus have been found to fit.
+
+    Raises:
+        UserError: anything in the config or its files that the user can mend.
+    """
+    folder = Path(config.run)
+    subject = cache(lambda: load_subject(config.subject))
+    todo = stages(config, subject)
+    keys = stage_keys(todo)
+    if not all(is_done(folder / stage.name, keys[stage.name]) for stage in todo):
+        subject()
+    with open_run(folder, config) as opened:
+        _run(opened, config, todo)
+
+
+def _run(opened: Run, config: RunConfig, todo: Sequence[Stage]) -> None:
+    opened.record(inputs={k: v for stage in todo for k, v in stage.external.items()})
+    tracker = open_tracker(opened.folder, config.track, to_dict(config), opened.manifest().id)
+    exit_code = 1
+    try:
+        events = run_stages(opened, todo, _tell)
+        opened.finish()
+        rows = summary(opened.folder)
+        tracker.log({f"seconds/{e.stage}": e.seconds for e in events})
+        tracker.summary(dict(rows))
+        tracker.table("summary", ("figure", "value"), rows)
+        exit_code = 0
+    finally:
+        tracker.finish(exit_code)
+    _print_summary(rows, events)
+    where = {
+        "report": f"{opened.folder}/report/report.html",
+        "catalog": f"emotion-atlas browse {opened.folder}",
+        "tracked": ", ".join(tracker.places),
+    }
+    for name, place in where.items():
+        sys.stdout.write(f"{name:<10} {place}\n")
+
+
+def _tell(event: Event) -> None:
+    if event.state == "started":
+        sys.stderr.write(f"{event.stage} ...\n")
+    elif event.state == "finished":
+        sys.stderr.write(f"{event.stage} done in {event.seconds:.1f} s\n")
+    else:
+        sys.stderr.write(f"{event.stage} was done before\n")
+
+
+def _print_summary(rows: Sequence[tuple[str, str]], events: Sequence[Event]) -> None:
+    width = max(len(name) for name, _ in rows)
+    sys.stdout.write("\n" + "".join(f"{name:<{width}}  {value}\n" for name, value in rows))
+    made = [e for e in events if e.state == "finished"]
+    parts = ", ".join(f"{e.stage} {e.seconds:.1f}" for e in made) or "nothing left to do"
+    total = f" (in all {sum(e.seconds for e in made):.1f})" if made else ""
+    sys.stdout.write(f"\nseconds    {parts}{total}\n")
+
+
+def demo_config() -> Path:
+    """The demo's config: beside this file in a checkout, in the package when installed."""
+    checkout = HERE / "configs" / "demo.yaml"
+    return checkout if checkout.exists() else HERE / "saes" / "configs" / "demo.yaml"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="emotion-atlas",
+        description="Find, name, test and browse the SAE features of 171 emotion concepts.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--run", metavar="FOLDER", help="run folder, instead of the config's")
+    shared.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="sets",
+        help="override a setting of the config, for example --set causal.concepts=6; repeatable",
+    )  # fmt: skip
+    commands.add_parser("demo", parents=[shared], help="the packaged demo (configs/demo.yaml)")
+    one = commands.add_parser("run", parents=[shared], help="a run, from its YAML config")
+    one.add_argument("config", type=Path, metavar="CONFIG", help="see configs/demo.yaml")
+    look = commands.add_parser("browse", help="the catalog of a run, in the browser")
+    look.add_argument("folder", type=Path, metavar="RUN", help="run folder")
+    look.add_argument("--host", default="127.0.0.1", help="address to listen on (this machine only)")
+    look.add_argument("--port", type=int, default=8171)
+    look.add_argument("--open", action="store_true", help="open the browser")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: 0 when all went well, 2 for input that the user can mend, 130 for Ctrl-C."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        if args.command == "browse":
+            browse(args.folder, host=args.host, port=args.port, open_browser=args.open)
+        else:
+            path = demo_config() if args.command == "demo" else args.config
+            sets = [*args.sets, *([f"run={args.run}"] if args.run else [])]
+            run(load(RunConfig, override(read(path), sets)))
+    except UserError as error:
+        sys.stderr.write(f"emotion-atlas: error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped; the same command goes on from here\n")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

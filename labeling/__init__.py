@@ -1,0 +1,1 @@
+"""Features to names, a catalog to browse and a report."""

@@ -1,0 +1,155 @@
+"""The stages of labeling and the browse command: settings and files; the work is in other modules."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from discovery import captured, records
+from discovery.commands import Texts, pick
+from discovery.records import (
+    Alignment,
+    Comparison,
+    Context,
+    Control,
+    Difference,
+    Effect,
+    Geometry,
+    Label,
+    PromotedToken,
+    Score,
+    SetMember,
+    SiteChoice,
+    Vector,
+)
+from labeling.catalog import FILE, Results, build
+from saes.commands import Subject, SubjectConfig, locate
+
+RECORDS: dict[str, tuple[str, type]] = {
+    "alignments": ("align", Alignment),
+    "members": ("align", SetMember),
+    "scores": ("align", Score),
+    "differences": ("align", Difference),
+    "controls": ("align", Control),
+    "site_choices": ("align", SiteChoice),
+    "vectors": ("contrast", Vector),
+    "geometry": ("contrast", Geometry),
+    "comparisons": ("compare", Comparison),
+    "effects": ("causal", Effect),
+    "labels": ("label", Label),
+    "promoted": ("label", PromotedToken),
+    "contexts": ("label", Context),
+}
+"""Kind of result: the stage that writes it, and its record type."""
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    """Names and evidence."""
+
+    contexts: int = 4
+    """Top texts shown per feature."""
+    promoted: int = 10
+    """Tokens shown per direction and feature."""
+
+    def __post_init__(self) -> None:
+        for name in ("contexts", "promoted"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+def read_kind(run: Path, kind: str) -> list[Any]:
+    """The rows of one kind of result of a run."""
+    stage, record = RECORDS[kind]
+    return records.read(run / stage / f"{kind}.parquet", record)
+
+
+def label(
+    out: Path, *, run: Path, subject: Subject, texts: Texts, config: LabelConfig
+) -> None:
+    """Promoted tokens, top contexts and a name for every latent that a concept chose."""
+    from labeling.evidence import contexts, promoted_tokens
+    from labeling.explain import labels
+
+    alignments: list[Alignment] = read_kind(run, "alignments")
+    members: list[SetMember] = read_kind(run, "members")
+    site = alignments[0].site
+    read = captured.load(run / "capture")
+    latents = sorted(
+        {a.latent for a in alignments}
+        | {a.lexical_latent for a in alignments}
+        | {m.latent for m in members}
+    )
+    stories = np.concatenate([pick(read.texts, s, texts.names).rows for s in ("first", "hard")])
+    fires = np.diff(read.latents[site][stories].tocsc().indptr)
+    density = {(site, j): float(fires[j] / len(stories)) for j in latents}
+    dictionary = subject.dictionary(site)
+    promoted = promoted_tokens(subject.lm, dictionary, latents, config.promoted)
+    shown = contexts(
+        subject.lm,
+        dictionary,
+        read.latents[site],
+        texts.corpus.texts(),
+        latents,
+        config.contexts,
+    )
+    names = labels(density, alignments, members, promoted, shown, texts.concepts)
+    records.write(out / "labels.parquet", Label, names)
+    records.write(out / "promoted.parquet", PromotedToken, promoted)
+    records.write(out / "contexts.parquet", Context, shown)
+
+
+def _results(run: Path, texts: Texts, config: SubjectConfig) -> Results:
+    rows = {kind: read_kind(run, kind) for kind in RECORDS}
+    return Results(facts=_facts(run, texts, config), concepts=texts.concepts, **rows)
+
+
+def _facts(run: Path, texts: Texts, config: SubjectConfig) -> dict[str, str]:
+    """What was run, in words: model, SAEs with their quality on held-out text, texts."""
+    facts = {"model": config.model}
+    for name in config.saes:
+        folder = locate(name)
+        quality = folder / "quality.json"
+        facts[f"SAE {folder.name}"] = _quality(json.loads(quality.read_text())) if quality.is_file() else name
+    sizes = {kind: len(rows) for kind, rows in texts.corpus._asdict().items()}
+    facts["concepts"] = str(len(texts.concepts))
+    facts["texts"] = ", ".join(f"{kind} {n:,}" for kind, n in sizes.items())
+    cut = sum(row.truncated for row in captured.load(run / "capture").texts)
+    facts["cut to the context"] = f"{cut} of {sum(sizes.values()):,} texts"
+    return facts
+
+
+def catalog(out: Path, *, run: Path, texts: Texts, config: SubjectConfig) -> None:
+    """One SQLite file with every result."""
+    build(out / Path(FILE).name, _results(run, texts, config))
+
+
+def report(out: Path, *, run: Path, texts: Texts, config: SubjectConfig) -> None:
+    """One HTML page with tables and figures."""
+    from labeling.report import report as write_report
+
+    results = _results(run, texts, config)
+    rows = {kind: getattr(results, kind) for kind in RECORDS if kind not in ("promoted", "contexts")}
+    rows["sites"] = rows.pop("site_choices")
+    write_report(out / "report.html", facts=results.facts, concepts=results.concepts, **rows)
+
+
+def summary(run: Path) -> list[tuple[str, str]]:
+    """The headline figures of a finished run, as (what, figure)."""
+    from labeling.prose import summary_rows
+    from labeling.summary import summarise
+
+    kinds = ("alignments", "members", "scores", "differences", "controls", "geometry",
+             "comparisons", "effects")  # fmt: skip
+    rows = {kind: read_kind(run, kind) for kind in kinds}
+    return summary_rows(summarise(sites=read_kind(run, "site_choices"), **rows))
+
+
+def browse(run: Path, *, host: str, port: int, open_browser: bool) -> None:
+    """Serve the catalog of a run until Ctrl-C."""
+    from labeling.web.serve import browse as serve
+
+    serve(run, host=host, port=port, open_browser=open_browser)

@@ -1,0 +1,1 @@
+"""Pages to browse a catalog with; served on this machine, nothing is fetched from elsewhere."""

@@ -1,0 +1,1 @@
+"""Text to residual-stream activations to sparse-autoencoder latents."""

@@ -1,0 +1,1 @@
+"""A causal language model: its text, its residual stream, and edits of it."""
