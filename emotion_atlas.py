@@ -13,7 +13,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -33,25 +33,20 @@ def _check_packages() -> None:
 
 _check_packages()
 
-from discovery.commands import (  # noqa: E402
+from discovery.settings import (  # noqa: E402
     AlignConfig,
     CaptureConfig,
     CausalConfig,
     ContrastConfig,
-    align,
-    capture,
-    causal,
-    compare,
-    contrast,
     open_texts,
     texts_fingerprint,
 )
-from labeling.commands import LabelConfig, browse, catalog, label, report, summary  # noqa: E402
-from saes.commands import Subject, SubjectConfig, fingerprint, load_subject  # noqa: E402
+from labeling.settings import LabelConfig  # noqa: E402
 from saes.config import load, override, read, to_dict  # noqa: E402
 from saes.errors import UserError  # noqa: E402
 from saes.run import Run, open_run  # noqa: E402
 from saes.stage import Event, Stage, is_done, run_stages, stage_keys  # noqa: E402
+from saes.subject import Subject, SubjectConfig, fingerprint, load_subject  # noqa: E402
 from saes.track import TrackConfig, open_tracker  # noqa: E402
 
 
@@ -78,60 +73,55 @@ def stages(config: RunConfig, subject: Callable[[], Subject]) -> list[Stage]:
     Raises:
         UserError: an unknown concept, or a corpus that does not fit.
     """
+    from discovery import stages as discover
+    from labeling import stages as name
+
     texts = open_texts(config.corpus, config.concepts)
-    run, seed = Path(config.run), config.seed
-    model = {
-        name: fingerprint(name) for name in (config.subject.model, *config.subject.saes)
-    }
+    here, seed = Path(config.run), config.seed
+    model = {path: fingerprint(path) for path in (config.subject.model, *config.subject.saes)}
     corpus = {"corpus": texts_fingerprint(texts)}
+    results = ("capture", "contrast", "align", "compare", "causal", "label")
     return [
         Stage(
             "capture",
-            lambda out: capture(out, subject(), texts, config.capture),
+            lambda out: discover.capture(out, subject(), texts, config.capture),
             {"capture": config.capture, "subject": config.subject},
             external=model | corpus,
         ),
         Stage(
             "contrast",
-            partial(contrast, run=run, texts=texts, config=config.contrast, seed=seed),
+            lambda out: discover.contrast(out, here, texts, config.contrast, seed),
             {"contrast": config.contrast, "seed": seed},
             inputs=("capture",),
         ),
         Stage(
             "align",
-            partial(align, run=run, texts=texts, config=config.align, seed=seed),
-            {"align": config.align, "seed": seed},
+            lambda out: discover.align(out, here, texts, config.align, config.contrast, seed),
+            {"align": config.align, "contrast": config.contrast, "seed": seed},
             inputs=("capture", "contrast"),
         ),
         Stage(
             "compare",
-            lambda out: compare(out, run=run, subject=subject(), texts=texts),
+            lambda out: discover.compare(out, here, subject()),
             inputs=("contrast", "align"),
         ),
         Stage(
             "causal",
-            lambda out: causal(out, run=run, subject=subject(), texts=texts,
-                               config=config.causal, seed=seed),
+            lambda out: discover.causal(out, here, subject(), texts, config.causal, seed),
             {"causal": config.causal, "seed": seed},
             inputs=("capture", "contrast", "align"),
         ),
         Stage(
             "label",
-            lambda out: label(out, run=run, subject=subject(), texts=texts, config=config.label),
+            lambda out: name.label(out, here, subject(), texts, config.label),
             config.label,
             inputs=("capture", "align"),
         ),
         Stage(
-            "catalog",
-            partial(catalog, run=run, texts=texts, config=config.subject),
-            inputs=("align", "contrast", "compare", "causal", "label"),
+            "catalog", lambda out: name.catalog(out, here, texts, config.subject), inputs=results
         ),
-        Stage(
-            "report",
-            partial(report, run=run, texts=texts, config=config.subject),
-            inputs=("align", "contrast", "compare", "causal", "label"),
-        ),
-    ]  # fmt: skip
+        Stage("report", lambda out: name.report(out, here, texts, config.subject), inputs=results),
+    ]
 
 
 def run(config: RunConfig) -> None:
@@ -154,6 +144,8 @@ def run(config: RunConfig) -> None:
 
 def _run(opened: Run, config: RunConfig, todo: Sequence[Stage]) -> None:
     opened.record(inputs={k: v for stage in todo for k, v in stage.external.items()})
+    from labeling.stages import summary
+
     tracker = open_tracker(opened.folder, config.track, to_dict(config), opened.manifest().id)
     exit_code = 1
     try:
@@ -217,18 +209,22 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("config", type=Path, metavar="CONFIG", help="see configs/demo.yaml")
     look = commands.add_parser("browse", help="the catalog of a run, in the browser")
     look.add_argument("folder", type=Path, metavar="RUN", help="run folder")
-    look.add_argument("--host", default="127.0.0.1", help="address to listen on (this machine only)")
+    look.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (this machine only)"
+    )
     look.add_argument("--port", type=int, default=8171)
     look.add_argument("--open", action="store_true", help="open the browser")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 0 when all went well, 2 for input that the user can mend, 130 for Ctrl-C."""
+    """The command line: 0 when all went well, 2 for input to be mended, 130 for Ctrl-C."""
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         if args.command == "browse":
+            from labeling.web.serve import browse
+
             browse(args.folder, host=args.host, port=args.port, open_browser=args.open)
         else:
             path = demo_config() if args.command == "demo" else args.config

@@ -33,6 +33,8 @@ class Confirmation(NamedTuple):
     """Steps 4 to 6 for the single latents, or the sets, of all concepts."""
 
     aurocs: Float[np.ndarray, "concepts topics"]
+    interval: scores.Interval
+    """Of the mean of `aurocs` over topics."""
     auroc: Float[np.ndarray, " concepts"]
     p: Float[np.ndarray, " concepts"]
     q: Float[np.ndarray, " concepts"]
@@ -113,7 +115,9 @@ def align(
         Alignment(
             concept=concept,
             family=families[c],
-            verdict=verdict(_passes(singles, c, q), _passes(sets, c, q), lexical.q[c] <= q),
+            verdict=verdict(
+                _passes(singles, c, q), _passes(sets, c, q), lexical=bool(lexical.q[c] <= q)
+            ),
             also_lexical=bool(singles.q[c] <= q and lexical.story_q[c] <= q),
             site=chosen.site,
             latent=int(chosen.latent[c]),
@@ -156,13 +160,12 @@ def _figures(
     prefix: str, first: Float[np.ndarray, " topics"], confirmed: Confirmation, c: int
 ) -> dict[str, Any]:
     """The fields of `Alignment` that singles and sets have alike, for concept c."""
-    _, low, high = scores.auroc_interval(confirmed.aurocs[c])
     specific_q = float(confirmed.specific_q[c])
     figures = {
         "auroc_first": float(np.nanmean(first)),
         "auroc": float(confirmed.auroc[c]),
-        "auroc_low": float(low),
-        "auroc_high": float(high),
+        "auroc_low": float(confirmed.interval.low[c]),
+        "auroc_high": float(confirmed.interval.high[c]),
         "p": float(confirmed.p[c]),
         "q": float(confirmed.q[c]),
         "specific_auroc": float(confirmed.specific_auroc[c]),
@@ -206,27 +209,28 @@ def confirm(
     """
     n = len(nearest)
     both = selection.score(chosen, hard.latents[chosen.site])
-    own = [_test_columns(values, hard, [None] * n) for values in both]
+    own = [_test(values, hard) for values in both]
     rivals = [np.append(nearest[c], c) for c in range(n)]
-    specific = [_test_columns(values, hard, rivals) for values in both]
-    p = np.concatenate([test.p for test in own])
-    specific_p = np.concatenate([test.p for test in specific])
-    q_value, specific_q = scores.benjamini_hochberg(p), np.full(2 * n, np.nan)
+    specific = [_test(values, hard, rivals) for values in both]
+    q_value = scores.benjamini_hochberg(np.concatenate([test.p for test in own])).reshape(2, n)
+    specific_p = np.stack([test.p for test in specific])
+    specific_q = np.full((2, n), np.nan)
     rejected = q_value <= q
     specific_q[rejected] = scores.benjamini_hochberg(specific_p[rejected])
-    single, set_ = (
+    singles, sets = (
         Confirmation(
-            scores.aurocs_by_group(values, hard.labels, hard.topics),
+            aurocs := scores.aurocs_by_group(values, hard.labels, hard.topics),
+            scores.auroc_interval(aurocs),
             own[i].auroc,
             own[i].p,
-            q_value[i * n : (i + 1) * n],
+            q_value[i],
             specific[i].auroc,
             specific[i].p,
-            specific_q[i * n : (i + 1) * n],
+            specific_q[i],
         )
         for i, values in enumerate(both)
     )
-    return single, set_
+    return singles, sets
 
 
 class _Tests(NamedTuple):
@@ -234,19 +238,18 @@ class _Tests(NamedTuple):
     p: Float[np.ndarray, " concepts"]
 
 
-def _test_columns(
+def _test(
     values: Float[np.ndarray, "texts concepts"],
     labelled: LabelledSet,
-    among: Sequence[Int[np.ndarray, " some"] | None],
+    rivals: Sequence[Int[np.ndarray, " some"]] | None = None,
 ) -> _Tests:
-    """Exact test of column c for concept c, among all texts or those of some concepts."""
-    auroc, p = np.empty(len(among)), np.empty(len(among))
-    for c, rivals in enumerate(among):
-        rows = slice(None) if rivals is None else np.isin(labelled.labels, rivals)
-        auroc[c], p[c] = scores.exact_p(
-            values[rows, c], labelled.labels[rows] == c, labelled.topics[rows]
-        )
-    return _Tests(auroc, p)
+    """Exact test of column c for concept c, among all texts or those of concepts `rivals[c]`."""
+    tests = []
+    for c, column in enumerate(values.T):
+        rows = np.isin(labelled.labels, rivals[c]) if rivals else slice(None)
+        labels, topics = labelled.labels[rows], labelled.topics[rows]
+        tests.append(scores.exact_p(column[rows], labels == c, topics))
+    return _Tests(np.array([t.auroc for t in tests]), np.array([t.p for t in tests]))
 
 
 def lexical_control(chosen: Selection, mentions: LabelledSet) -> Lexical:
@@ -256,21 +259,22 @@ def lexical_control(chosen: Selection, mentions: LabelledSet) -> Lexical:
     second half; so is the latent that was chosen on stories. Mention i of a concept is compared
     with mentions i of the others.
     """
-    n = len(chosen.members)
     x = mentions.latents[chosen.site]
     numbers = np.unique(mentions.topics)
     choosing = mentions.topics < numbers[len(numbers) // 2]
     ranks = scores.within_group_ranks(x[choosing], mentions.topics[choosing])
-    latent = selection.top_latents(ranks, mentions.labels[choosing], n, 1)[:, 0]
-    test = LabelledSet(
+    labels = mentions.labels[choosing]
+    latent = selection.top_latents(ranks, labels, len(chosen.members), k=1)[:, 0]
+    rest = LabelledSet(
         {chosen.site: x[~choosing]},
         mentions.labels[~choosing],
         mentions.topics[~choosing],
         mentions.writers[~choosing],
     )
-    x_test = x[~choosing]
-    own = _test_columns(x_test[:, latent].toarray(), test, [None] * n)
-    story = _test_columns(x_test[:, chosen.latent].toarray(), test, [None] * n)
+    own, story = (
+        _test(rest.latents[chosen.site][:, latents].toarray(), rest)
+        for latents in (latent, chosen.latent)
+    )
     bh = scores.benjamini_hochberg
     return Lexical(latent, own.auroc, own.p, bh(own.p), story.p, bh(story.p))
 

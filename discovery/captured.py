@@ -7,12 +7,13 @@ norms.json                  by site, the mean residual norm
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from scipy.sparse import csr_array
@@ -45,6 +46,33 @@ class Captured(NamedTuple):
     """By site of an SAE: float32 [texts, d_sae]."""
     norms: dict[str, float]
     """By site: the mean norm of the residual over all content tokens, the unit of doses."""
+
+
+class Sets(NamedTuple):
+    """Where one set of the corpus is in the captured arrays, and how its texts are labelled."""
+
+    rows: Int[np.ndarray, " texts"]
+    labels: Int[np.ndarray, " texts"]
+    """Index of the concept; -1 for neutral texts."""
+    topics: Int[np.ndarray, " texts"]
+    writers: Int[np.ndarray, " texts"]
+
+
+def pick(rows: Sequence[TextRow], name: str, names: Sequence[str]) -> Sets:
+    """The rows of one set; mentions and situations have as topic their number in the concept."""
+    index = {concept: i for i, concept in enumerate(names)}
+    at = [i for i, row in enumerate(rows) if row.set == name]
+    seen: dict[str, int] = {}
+    topics: list[str] = []
+    for i in at:
+        number = seen[rows[i].concept] = seen.get(rows[i].concept, -1) + 1
+        topics.append(rows[i].topic or f"{number:06d}")
+    return Sets(
+        np.array(at, dtype=np.int64),
+        np.array([index.get(rows[i].concept, -1) for i in at], dtype=np.int64),
+        np.unique(topics, return_inverse=True)[1].astype(np.int64),
+        np.unique([rows[i].writer for i in at], return_inverse=True)[1].astype(np.int64),
+    )
 
 
 def save(folder: Path, captured: Captured) -> None:

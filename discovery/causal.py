@@ -255,7 +255,7 @@ def _by_control(changes: Sequence[_Change], column: Int[np.ndarray, " words"]) -
 def _effect(
     target: Target, condition: str, site: str, latent: int, dose: float, change: _Change
 ) -> Effect:
-    mean, low, high = t_interval(change.words.mean(1), (-math.inf, math.inf))
+    interval = t_interval(change.words.mean(1)[None], (-math.inf, math.inf))
     return Effect(
         concept=target.concept,
         verdict=target.verdict,
@@ -263,9 +263,9 @@ def _effect(
         site=site,
         latent=latent,
         dose=float(dose),
-        delta_logprob=float(mean),
-        low=float(low),
-        high=float(high),
+        delta_logprob=float(interval.mean[0]),
+        low=float(interval.low[0]),
+        high=float(interval.high[0]),
         kl=float(change.kl.mean()),
         n=len(change.kl),
     )

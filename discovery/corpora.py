@@ -231,10 +231,10 @@ def _check_stories(folder: Path, corpus: Corpus, names: Sequence[str]) -> None:
 def _check_counts(path: Path, texts: Sequence[Text], names: Sequence[str], least: int) -> None:
     """As many texts of every concept: the n-th texts of all concepts are compared like a topic."""
     count = Counter(text.concept for text in texts)
-    most = max(names, key=lambda name: count[name])
+    needed = max(least, *(count[name] for name in names))
     for name in names:
-        if count[name] < least or count[name] != count[most]:
+        if count[name] < needed:
             raise UserError(
-                f"{path}: {count[name]} texts of {name!r}, {count[most]} of {most!r}; "
-                f"each concept needs as many, and at least {least}"
+                f"{path} has {count[name]} texts of {name!r} and needs {needed}, as many as of "
+                "every other concept"
             )

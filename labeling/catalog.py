@@ -433,10 +433,23 @@ class Catalog:
             FROM context JOIN text ON text.id = text_id
             WHERE site = ? AND latent = ? ORDER BY context.rowid"""
         contexts: list[Context] = []
-        for *head, peak, tokens, shares in self._db.execute(sql, (site, latent)):
+        for row in self._db.execute(sql, (site, latent)):
+            rank, text_id, kind, concept, topic, peak, tokens, shares = row
             activations = [s * peak for s in struct.unpack(f"<{len(shares) // 2}e", shares)]
-            row = (*head, peak, tuple(json.loads(tokens)), tuple(activations))
-            contexts.append(Context(site, latent, *row))
+            contexts.append(
+                Context(
+                    site=site,
+                    latent=latent,
+                    rank=rank,
+                    text_id=text_id,
+                    set=kind,
+                    concept=concept,
+                    topic=topic,
+                    peak=peak,
+                    tokens=tuple(json.loads(tokens)),
+                    activations=tuple(activations),
+                )
+            )
         return contexts
 
     def search(self, query: str, limit: int = 50) -> list[Hit]:

@@ -30,8 +30,8 @@ def token_text(lm: LM, token: int) -> str:
     """
     anchor = lm.tokenizer.encode("a", add_special_tokens=False)[-1:]
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    before = lm.tokenizer.decode(anchor, **options)
-    return lm.tokenizer.decode([*anchor, token], **options)[len(before) :]
+    before, both = (str(lm.tokenizer.decode(ids, **options)) for ids in (anchor, [*anchor, token]))
+    return both[len(before) :]
 
 
 @torch.no_grad()

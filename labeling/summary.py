@@ -23,7 +23,6 @@ from discovery.records import (
     Score,
     SetMember,
     SiteChoice,
-    Verdict,
 )
 from discovery.scores import t_interval
 
@@ -104,7 +103,7 @@ class Causal(NamedTuple):
 class Summary:
     """All headline numbers of a run; what a run did not measure is empty or None."""
 
-    counts: Mapping[Verdict, int]
+    counts: Mapping[str, int]  # by verdict, all five
     also_lexical: int  # found concepts whose latent also fires on mere mentions of the word
     shuffled: tuple[Control, ...]
     k: int | None  # latents in a set
@@ -140,7 +139,7 @@ def mean_interval(values: Iterable[float | None]) -> Mean | None:
         return None
     if len(kept) < 2:
         return Mean(kept[0], None, None, len(kept))
-    mean, low, high = (float(x) for x in t_interval(np.array(kept)))
+    mean, low, high = (float(x[0]) for x in t_interval(np.array([kept])))
     return Mean(mean, low, high, len(kept))
 
 

@@ -7,14 +7,17 @@ import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, ParamSpec
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
 import numpy as np
 from markupsafe import escape
 
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
 INK, SOFT, GRID = "#1a1c20", "#5c626b", "#dfe2e6"
 WIDTH = 9.0  # inches at 72 points: a view box of 648, set to the width of the page
-_STYLE: dict[str, Any] = {
+_STYLE: "dict[RcKeyType, Any]" = {
     "figure.dpi": 72,
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -70,7 +73,8 @@ def inline(draw: Callable[P, Drawing]) -> Callable[P, str]:
         name = draw.__name__
         with mpl.rc_context():
             mpl.rcdefaults()
-            mpl.rcParams.update({**_STYLE, "svg.hashsalt": name})
+            mpl.rcParams.update(_STYLE)
+            mpl.rcParams["svg.hashsalt"] = name
             figure, alt, points = draw(*args, **kwargs)
             return _clean(_svg(figure), name, alt, points)
 

@@ -86,7 +86,9 @@ def results() -> Results:
             row(PromotedToken, site=SITE, latent=7, sign=1, rank=1, token=" grieving"),
         ],
         contexts=[
-            Context(SITE, 0, 1, "t1", "hard", "sad", "sea", 3.5, tokens, (0.0, 3.5, 0.001, 1.0, 0)),
+            Context(
+                SITE, 0, 1, "t1", "hard", "sad", "sea", 3.5, tokens, (0.0, 3.5, 0.001, 1.0, 0.0)
+            ),
             Context(SITE, 7, 1, "t1", "hard", "sad", "sea", 9e5, tokens, (9e5, 0.0, 0.0, 0.0, 0.0)),
         ],
     )

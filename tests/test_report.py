@@ -240,9 +240,13 @@ def numbers(text: str) -> list[str]:
 # ------------------------------------------------------------------------------------ the page
 
 
-def test_same_records_give_the_same_bytes(world: dict[str, Any], page: str, tmp_path: Path) -> None:
-    assert written(tmp_path / "again.html", planted(load_concepts())) == page
-    assert written(tmp_path / "other.html", {**world, "labels": []}) != page
+def test_same_records_give_the_same_bytes(tmp_path: Path) -> None:
+    pages = [
+        written(tmp_path / f"{i}.html", planted(load_concepts()[:9], shift=shift, causal=2))
+        for i, shift in enumerate((0.0, 0.0, 0.1))
+    ]
+    assert pages[0] == pages[1]
+    assert pages[0] != pages[2]
 
 
 def test_page_needs_nothing_from_outside(page: str) -> None:
@@ -280,7 +284,7 @@ def test_every_concept_has_a_row_with_its_figures(world: dict[str, Any], page: s
 def test_facts_sites_controls_and_tables_are_shown(page: str) -> None:
     text = Reader(page).text
     for shown in (
-        "demo_lm (8.6 M parameters)", "2052 first-set stories, 2052 hard-set stories, 1368 mentions",
+        "demo_lm (8.6 M parameters)", "2052 first-set stories, 2052 hard-set stories",
         "3f9c2a7be1", "0.7312", "0.668", "0.801", "chosen", "shuffled within topic",
     ):  # fmt: skip
         assert shown in text
@@ -300,10 +304,9 @@ def test_hostile_strings_stay_text(tmp_path: Path) -> None:
     world["labels"] = [replace(n, name=HOSTILE, level=HOSTILE) for n in world["labels"]]
     world["controls"] = [*world["controls"], replace(world["controls"][1], labels=HOSTILE)]
     world["sites"] = [replace(s, site=s.site + HOSTILE) for s in world["sites"]]
-    plain = Reader(written(tmp_path / "plain.html", planted(load_concepts()[:6])))
     reader = Reader(written(tmp_path / "report.html", world))
     assert not {"script", "img"} & set(reader.tags)
-    assert reader.attributes - plain.attributes <= {"height", "width"}
+    assert not [name for name in reader.attributes if name.startswith("on")]
     assert reader.text.count(HOSTILE) > 30
     assert all(link.startswith("#") for link in reader.links)
 
@@ -315,16 +318,14 @@ def test_hostile_strings_stay_text(tmp_path: Path) -> None:
         lambda w: {"geometry": [], "concepts": [_without_norms(c) for c in w["concepts"]]},
         lambda _: {"effects": []},
         lambda w: {"effects": [e for e in w["effects"] if e.condition != "vector"]},
-        lambda w: {"effects": [replace(e, dose=0.0) for e in w["effects"]]},
-        lambda w: {"scores": [s for s in w["scores"] if s.set == "hard"], "differences": []},
-        lambda w: {"scores": [replace(s, auroc=float("nan")) for s in w["scores"]]},
-        lambda w: {"comparisons": [replace(c, cosine=float("nan")) for c in w["comparisons"]]},
-        lambda w: {"alignments": [replace(a, p=float("nan"), detectable_auroc=float("nan"),
-                                          specific_auroc=float("nan")) for a in w["alignments"]]},
+        lambda w: {"effects": [replace(e, dose=0.0) for e in w["effects"]], "differences": [],
+                   "scores": [s for s in w["scores"] if s.set == "hard"]},
+        lambda w: {name: [_without_numbers(row) for row in w[name]]
+                   for name in ("alignments", "scores", "differences", "comparisons", "effects")},
         lambda w: {n: [] for n in w if n not in ("facts", "concepts", "alignments")},
     ],
-    ids=["none-found", "no-norms", "no-effects", "no-vector-effects", "only-dose-0",
-         "hard-set-only", "nan-scores", "nan-cosines", "nan-alignments", "alignments-only"],
+    ids=["none-found", "no-norms", "no-effects", "no-vector-effects", "little", "nan",
+         "alignments-only"],
 )  # fmt: skip
 def test_what_is_missing_is_left_out(
     change: Callable[[dict[str, Any]], dict[str, Any]], tmp_path: Path
@@ -338,11 +339,16 @@ def test_what_is_missing_is_left_out(
     assert {link[1:] for link in reader.links} <= set(reader.ids)
 
 
+def _without_numbers(row: Any) -> Any:
+    values = {n: float("nan") if isinstance(v, float) else v for n, v in vars(row).items()}
+    return type(row)(**values)
+
+
 def _without_norms(concept: Concept) -> Concept:
     return replace(concept, valence=None, arousal=None, dominance=None, valence_vader=None)
 
 
-@pytest.mark.parametrize("n", [1, 2, 6])
+@pytest.mark.parametrize("n", [1, 2])
 def test_few_concepts(n: int, tmp_path: Path) -> None:
     text = Reader(written(tmp_path / "report.html", planted(load_concepts()[:n]))).text
     assert f"over {n} concept{'s' if n > 1 else ''}" in text
@@ -467,11 +473,8 @@ def test_the_closing_table_agrees_with_the_page(world: dict[str, Any], page: str
 
 def test_whichever_wins_is_said_plainly(world: dict[str, Any]) -> None:
     def plain(shift: float, spread: float) -> str:
-        rows = [
-            replace(d, difference=shift + spread * (-1) ** i)
-            for i, d in enumerate(world["differences"])
-            if (d.ours, d.baseline) == ("set", "tfidf")
-        ]
+        rows = [d for d in world["differences"] if (d.ours, d.baseline) == ("set", "tfidf")]
+        rows = [replace(d, difference=shift + spread * (-1) ** i) for i, d in enumerate(rows)]
         return paragraphs(summary_of({**world, "differences": rows}))[1].split("Plainly: ")[1]
 
     assert plain(0.05, 0.1) == "the set of 16 latents carries more than word counts do."

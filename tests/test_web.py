@@ -117,7 +117,9 @@ def results() -> Results:
             row(PromotedToken, site=SITE, latent=0, sign=1, rank=1, token=" grief", logit=3.5),
             row(PromotedToken, site=SITE, latent=0, sign=-1, rank=1, token=" cheer", logit=-2.5),
         ],
-        contexts=[Context(SITE, 0, 1, "t", "hard", "sad", "sea", 2.0, tokens, (0.0, 0.5, 2.0, 0))],
+        contexts=[
+            Context(SITE, 0, 1, "t", "hard", "sad", "sea", 2.0, tokens, (0.0, 0.5, 2.0, 0.0))
+        ],
     )
 
 

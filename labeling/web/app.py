@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from discovery.records import VERDICTS
+from discovery.records import VERDICTS, Effect
 from labeling.catalog import SORTS, Catalog
 from labeling.prose import method_name, number, probability
 from labeling.web import charts, sentences
@@ -26,7 +26,12 @@ REPORT_POLICY = (  # one self-contained page with its own styles and pictures, a
 )
 
 
-def _environment() -> Environment:
+def _slug(words: str) -> str:
+    return words.replace(" ", "-")
+
+
+def _environment(**shared: Any) -> Environment:
+    """Templates with their filters, and `shared` as names that every one of them knows."""
     environment = Environment(
         loader=PackageLoader("labeling.web"),
         autoescape=True,
@@ -34,14 +39,14 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    environment.filters |= {  # pyright: ignore[reportUnknownMemberType]
         "number": number,
         "probability": probability,
         "method": method_name,
         "site": sentences.site_words,
-        "slugged": lambda verdict: verdict.replace(" ", "-"),
+        "slugged": _slug,
     }
-    environment.globals |= {
+    environment.globals |= shared | {  # pyright: ignore[reportUnknownMemberType]
         "AUROC": charts.AUROC,
         "VERDICTS": VERDICTS,
         "Scale": charts.Scale,
@@ -65,13 +70,12 @@ def create_app(
         UserError: the catalog cannot be read.
     """
     store = Catalog(catalog)
-    environment = _environment()
     facts = store.facts()
-    environment.globals |= {
-        "model": facts.get("model", ""),
-        "known": {row.concept.name: row.concept for row in store.concepts()},
-        "has_report": report is not None and report.is_file(),
-    }
+    environment = _environment(
+        model=facts.get("model", ""),
+        known={row.concept.name: row.concept for row in store.concepts()},
+        has_report=report is not None and report.is_file(),
+    )
     app = FastAPI(title="Emotion Atlas", docs_url=None, redoc_url=None, openapi_url=None)
     app.mount("/static", StaticFiles(directory=HERE / "static"))
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
@@ -141,9 +145,9 @@ def create_app(
         found = store.feature(site, latent)
         if found is None:
             raise HTTPException(404)
-        by_concept = {e.concept: [] for e in found.effects}
+        by_concept: dict[str, list[Effect]] = {}
         for effect in found.effects:
-            by_concept[effect.concept].append(effect)
+            by_concept.setdefault(effect.concept, []).append(effect)
         return page(
             "feature.html",
             f=found,

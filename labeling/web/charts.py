@@ -134,4 +134,4 @@ def heat(activation: float, scale: float) -> int:
     """
     if not activation > 0 or not scale > 0:
         return 0
-    return math.ceil(HEAT_LEVELS * min(1.0, activation / scale))
+    return max(1, math.ceil(HEAT_LEVELS * min(1.0, activation / scale)))

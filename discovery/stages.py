@@ -1,22 +1,24 @@
 """The stages of discovery: each reads files of the run folder and writes its own.
 
-The work is done by plain functions of the other modules; here are only the settings and the files.
-Torch is imported by the stages that run the model.
+The work is done by plain functions of the other modules; here are only the files. Torch is imported
+by the two stages that run the model.
 """
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
 from safetensors.numpy import load_file, save_file
 
-from discovery import captured, records
-from discovery.concepts import Concept, load_concepts
-from discovery.corpora import CORPUS, Corpus, digest, load_corpus
+from discovery import baselines, captured, probes, records, selection
+from discovery.align import AlignResult, shuffled, tally
+from discovery.align import align as align_rows
+from discovery.captured import Sets, pick
+from discovery.compare import Pick
+from discovery.compare import compare as compare_rows
+from discovery.contrast import contrastive_vectors, nearest, split_half
+from discovery.geometry import geometry_rows, human_norms, principal_components, vector_rows
 from discovery.records import (
     Alignment,
     Comparison,
@@ -29,153 +31,13 @@ from discovery.records import (
     SiteChoice,
     Vector,
 )
-from saes.commands import Subject
-from saes.errors import UserError
-
-if TYPE_CHECKING:
-    from discovery.align import AlignResult
-    from discovery.baselines import Results
-    from discovery.selection import LabelledSet
+from discovery.selection import LabelledSet
+from discovery.settings import AlignConfig, CaptureConfig, CausalConfig, ContrastConfig, Texts
+from saes.files import write_text
+from saes.subject import Subject
 
 EMBEDDING = "blocks.0.hook_resid_pre"
 METHOD_SETS = ("first", "hard", "situations")
-
-
-@dataclass(frozen=True)
-class CaptureConfig:
-    """The pass of the model over the corpus."""
-
-    batch_tokens: int = 8192
-    """Padded tokens in one forward pass."""
-
-    def __post_init__(self) -> None:
-        if self.batch_tokens < 1:
-            raise ValueError(f"batch_tokens must be at least 1, not {self.batch_tokens}")
-
-
-@dataclass(frozen=True)
-class ContrastConfig:
-    """Contrastive vectors."""
-
-    neutral_variance: float = 0.5
-    """Share of the neutral variance whose principal components are projected out."""
-    halves: int = 50
-    """Random halves of the topics behind the split-half reliability."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.neutral_variance < 1:
-            raise ValueError(f"neutral_variance must be in [0, 1), not {self.neutral_variance}")
-        if self.halves < 1:
-            raise ValueError(f"halves must be at least 1, not {self.halves}")
-
-
-@dataclass(frozen=True)
-class AlignConfig:
-    """The verdict protocol."""
-
-    k: int = 16
-    """Latents in a set."""
-    q: float = 0.05
-    """False-discovery rate of steps 5, 6 and 9."""
-
-    def __post_init__(self) -> None:
-        if self.k < 2:
-            raise ValueError(
-                f"k must be at least 2, not {self.k}: a set of one is the single latent"
-            )
-        if not 0 < self.q < 1:
-            raise ValueError(f"q must be between 0 and 1, not {self.q}")
-
-
-@dataclass(frozen=True)
-class CausalConfig:
-    """Dose-response experiments."""
-
-    concepts: int = 24
-    """At most so many concepts: confirmed ones first, best first."""
-    doses: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8)
-    """Norms of the edit as fractions of the mean residual norm."""
-    prompts: int = 10
-    """Openings of neutral texts."""
-    prompt_tokens: int = 16
-    """Most tokens of a prompt."""
-    words: int = 2
-    """Word forms read per concept."""
-    controls: int = 5
-    """Random latents of like firing density, shared by all concepts."""
-    max_tokens: int = 300_000
-    """A plan that needs more is refused."""
-
-    def __post_init__(self) -> None:
-        for name in ("concepts", "prompt_tokens", "words"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("prompts", "controls"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"{name} must be at least 2, for an interval")
-        if not self.doses or min(self.doses) <= 0:
-            raise ValueError("doses must be positive fractions of the mean residual norm")
-
-
-class Texts(NamedTuple):
-    """The concepts of a run and the texts for them."""
-
-    concepts: list[Concept]
-    corpus: Corpus
-    folder: Path
-
-    @property
-    def names(self) -> list[str]:
-        return [concept.name for concept in self.concepts]
-
-    @property
-    def families(self) -> list[str]:
-        return [concept.family for concept in self.concepts]
-
-
-def open_texts(corpus: str, concepts: Sequence[str]) -> Texts:
-    """The concepts (all when none is named) and the packaged or a user's corpus.
-
-    Raises:
-        UserError: an unknown concept, too few concepts, or a corpus that does not fit.
-    """
-    chosen = load_concepts(concepts or None)
-    if len(chosen) < 3:
-        raise UserError(f"concepts names {len(chosen)}; a concept is judged against others: name 3")
-    folder = CORPUS if corpus == "packaged" else Path(corpus)
-    return Texts(chosen, load_corpus(folder, chosen), folder)
-
-
-def texts_fingerprint(texts: Texts) -> str:
-    """Identifies what `open_texts` gave."""
-    return f"{digest(texts.folder)}:{','.join(texts.names)}"
-
-
-class Sets(NamedTuple):
-    """Where the sets of the corpus are in the captured arrays, and what their texts are labelled."""
-
-    rows: Int[np.ndarray, " texts"]
-    labels: Int[np.ndarray, " texts"]
-    """Index of the concept; -1 for neutral texts."""
-    topics: Int[np.ndarray, " texts"]
-    writers: Int[np.ndarray, " texts"]
-
-
-def pick(rows: Sequence[captured.TextRow], name: str, names: Sequence[str]) -> Sets:
-    """The rows of one set; mentions and situations have as topic their number within the concept."""
-    index = {concept: i for i, concept in enumerate(names)}
-    at = [i for i, row in enumerate(rows) if row.set == name]
-    seen: dict[str, int] = {}
-    topics: list[str] = []
-    for i in at:
-        number = seen[rows[i].concept] = seen.get(rows[i].concept, -1) + 1
-        topics.append(rows[i].topic or f"{number:06d}")
-    return Sets(
-        np.array(at, dtype=np.int64),
-        np.array([index.get(rows[i].concept, -1) for i in at], dtype=np.int64),
-        np.unique(topics, return_inverse=True)[1].astype(np.int64),
-        np.unique([rows[i].writer for i in at], return_inverse=True)[1].astype(np.int64),
-    )
 
 
 def capture(out: Path, subject: Subject, texts: Texts, config: CaptureConfig) -> None:
@@ -198,16 +60,8 @@ def capture(out: Path, subject: Subject, texts: Texts, config: CaptureConfig) ->
         )
 
 
-def contrast(out: Path, *, run: Path, texts: Texts, config: ContrastConfig, seed: int) -> None:
+def contrast(out: Path, run: Path, texts: Texts, config: ContrastConfig, seed: int) -> None:
     """Contrastive vectors at every captured site, their reliability and their geometry."""
-    from discovery.contrast import contrastive_vectors, split_half
-    from discovery.geometry import (
-        geometry_rows,
-        human_norms,
-        principal_components,
-        vector_rows,
-    )
-
     read = captured.load(run / "capture")
     first, neutral = (pick(read.texts, name, texts.names) for name in ("first", "neutral"))
     norms = human_norms(texts.concepts)
@@ -240,13 +94,10 @@ def contrast(out: Path, *, run: Path, texts: Texts, config: ContrastConfig, seed
     records.write(out / "geometry.parquet", Geometry, geometry)
 
 
-def align(out: Path, *, run: Path, texts: Texts, config: AlignConfig, seed: int) -> None:
+def align(
+    out: Path, run: Path, texts: Texts, config: AlignConfig, contrast: ContrastConfig, seed: int
+) -> None:
     """Verdicts, the methods beside them, and the whole procedure under shuffled labels."""
-    from discovery.align import align as align_rows
-    from discovery.align import shuffled, tally
-    from discovery.baselines import difference_rows, score_rows
-    from discovery.contrast import nearest
-
     read = captured.load(run / "capture")
     names = texts.names
     sets = {name: pick(read.texts, name, names) for name in (*METHOD_SETS, "neutral", "mentions")}
@@ -259,34 +110,39 @@ def align(out: Path, *, run: Path, texts: Texts, config: AlignConfig, seed: int)
     }  # fmt: skip
     result = align_rows(first, hard, mentions, **settings)
     rng = np.random.default_rng(seed)
-    null = align_rows(*(shuffled(labelled, rng) for labelled in (first, hard, mentions)), **settings)
+    null = align_rows(
+        *(shuffled(labelled, rng) for labelled in (first, hard, mentions)), **settings
+    )
     controls = [tally("true", result), tally("shuffled within topic", null)]
-    ours, others = _methods(read, sets, texts, result)
+    ours, others = _methods(read, sets, texts, result, contrast.neutral_variance)
     records.write(out / "alignments.parquet", Alignment, result.alignments)
     records.write(out / "members.parquet", SetMember, result.members)
     records.write(out / "site_choices.parquet", SiteChoice, result.sites)
     records.write(out / "controls.parquet", Control, controls)
-    scores = [row for method in (*ours, *others) for row in score_rows(method, names)]
+    scores = [row for method in (*ours, *others) for row in baselines.score_rows(method, names)]
     records.write(out / "scores.parquet", Score, scores)
     differences = [
-        row for own in ours for other in others for row in difference_rows(own, other, names)
+        row
+        for own in ours
+        for other in others
+        for row in baselines.difference_rows(own, other, names)
     ]
     records.write(out / "differences.parquet", Difference, differences)
 
 
-def _labelled(read: captured.Captured, own: Sets) -> "LabelledSet":
-    from discovery.selection import LabelledSet
-
+def _labelled(read: captured.Captured, own: Sets) -> LabelledSet:
     latents = {site: x[own.rows] for site, x in read.latents.items()}
     return LabelledSet(latents, own.labels, own.topics, own.writers)
 
 
 def _methods(
-    read: captured.Captured, sets: dict[str, Sets], texts: Texts, result: "AlignResult"
-) -> tuple[list["Results"], list["Results"]]:
+    read: captured.Captured,
+    sets: dict[str, Sets],
+    texts: Texts,
+    result: AlignResult,
+    neutral_variance: float,
+) -> tuple[list[baselines.Results], list[baselines.Results]]:
     """The single latent and the set; and what they are compared with, on the same texts."""
-    from discovery import baselines, probes, selection
-
     site = result.alignments[0].site
     words = np.array([text.text for text in texts.corpus.texts()], dtype=object)
     singles, groups = selection.score(
@@ -304,7 +160,7 @@ def _methods(
     ]
     neutral = read.residuals[site][sets["neutral"].rows]
     readers = (
-        ("vector", probes.fit_vectors(neutral), read.residuals[site]),
+        ("vector", probes.fit_vectors(neutral, neutral_variance), read.residuals[site]),
         ("probe", probes.fit_probe, read.residuals[site]),
         ("embedding", probes.fit_difference, read.residuals[EMBEDDING]),
         ("tfidf", baselines.fit_tfidf, words),
@@ -322,11 +178,8 @@ def _methods(
     return ours, others
 
 
-def compare(out: Path, *, run: Path, subject: Subject, texts: Texts) -> None:
+def compare(out: Path, run: Path, subject: Subject) -> None:
     """Feature directions against contrastive vectors."""
-    from discovery.compare import Pick
-    from discovery.compare import compare as compare_rows
-
     alignments = records.read(run / "align" / "alignments.parquet", Alignment)
     members = records.read(run / "align" / "members.parquet", SetMember)
     site = alignments[0].site
@@ -356,12 +209,19 @@ def compare(out: Path, *, run: Path, subject: Subject, texts: Texts) -> None:
 
 
 def causal(
-    out: Path, *, run: Path, subject: Subject, texts: Texts, config: CausalConfig, seed: int
+    out: Path, run: Path, subject: Subject, texts: Texts, config: CausalConfig, seed: int
 ) -> None:
     """Dose-response of the best features, their vectors and random latents."""
     import torch
+    from tqdm import tqdm
 
-    from discovery.causal import Target, control_latents, dose_response, neutral_prompts
+    from discovery.causal import (
+        Target,
+        control_latents,
+        dose_response,
+        neutral_prompts,
+        planned_tokens,
+    )
 
     alignments = records.read(run / "align" / "alignments.parquet", Alignment)
     site = alignments[0].site
@@ -386,17 +246,21 @@ def causal(
     prompts = neutral_prompts(
         texts.corpus.neutral, subject.lm.tokenizer, config.prompts, config.prompt_tokens, seed
     )
-    result = dose_response(
-        subject.lm,
-        subject.dictionary(site),
-        targets,
-        controls,
-        prompts,
-        doses=config.doses,
-        mean_norm=read.norms[site],
-        max_tokens=config.max_tokens,
-    )
+    plan = planned_tokens(subject.lm, targets, controls, prompts, config.doses)
+    with tqdm(total=plan, desc="causal", unit="token", unit_scale=True, file=sys.stderr) as bar:
+        result = dose_response(
+            subject.lm,
+            subject.dictionary(site),
+            targets,
+            controls,
+            prompts,
+            doses=config.doses,
+            mean_norm=read.norms[site],
+            max_tokens=config.max_tokens,
+            progress=bar.update,
+        )
     records.write(out / "effects.parquet", Effect, result.effects)
+    write_text(out / "tokens.json", f"{result.tokens}\n")
 
 
 def best(alignments: Sequence[Alignment], n: int) -> list[Alignment]:

@@ -1,15 +1,13 @@
-"""The stages of labeling and the browse command: settings and files; the work is in other modules."""
+"""The stages of labeling: each reads files of the run folder and writes its own."""
 
 import json
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from discovery import captured, records
-from discovery.commands import Texts, pick
+from discovery.captured import pick
 from discovery.records import (
     Alignment,
     Comparison,
@@ -25,8 +23,10 @@ from discovery.records import (
     SiteChoice,
     Vector,
 )
+from discovery.settings import Texts
 from labeling.catalog import FILE, Results, build
-from saes.commands import Subject, SubjectConfig, locate
+from labeling.settings import LabelConfig
+from saes.subject import Subject, SubjectConfig, locate
 
 RECORDS: dict[str, tuple[str, type]] = {
     "alignments": ("align", Alignment),
@@ -46,30 +46,13 @@ RECORDS: dict[str, tuple[str, type]] = {
 """Kind of result: the stage that writes it, and its record type."""
 
 
-@dataclass(frozen=True)
-class LabelConfig:
-    """Names and evidence."""
-
-    contexts: int = 4
-    """Top texts shown per feature."""
-    promoted: int = 10
-    """Tokens shown per direction and feature."""
-
-    def __post_init__(self) -> None:
-        for name in ("contexts", "promoted"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-
-
 def read_kind(run: Path, kind: str) -> list[Any]:
     """The rows of one kind of result of a run."""
     stage, record = RECORDS[kind]
     return records.read(run / stage / f"{kind}.parquet", record)
 
 
-def label(
-    out: Path, *, run: Path, subject: Subject, texts: Texts, config: LabelConfig
-) -> None:
+def label(out: Path, run: Path, subject: Subject, texts: Texts, config: LabelConfig) -> None:
     """Promoted tokens, top contexts and a name for every latent that a concept chose."""
     from labeling.evidence import contexts, promoted_tokens
     from labeling.explain import labels
@@ -111,28 +94,42 @@ def _facts(run: Path, texts: Texts, config: SubjectConfig) -> dict[str, str]:
     """What was run, in words: model, SAEs with their quality on held-out text, texts."""
     facts = {"model": config.model}
     for name in config.saes:
-        folder = locate(name)
-        quality = folder / "quality.json"
-        facts[f"SAE {folder.name}"] = _quality(json.loads(quality.read_text())) if quality.is_file() else name
+        facts[f"SAE {locate(name).name}"] = _quality(locate(name) / "quality.json")
     sizes = {kind: len(rows) for kind, rows in texts.corpus._asdict().items()}
     facts["concepts"] = str(len(texts.concepts))
     facts["texts"] = ", ".join(f"{kind} {n:,}" for kind, n in sizes.items())
     cut = sum(row.truncated for row in captured.load(run / "capture").texts)
     facts["cut to the context"] = f"{cut} of {sum(sizes.values()):,} texts"
+    tokens = int((run / "causal" / "tokens.json").read_text())
+    facts["tokens run for the causal tests"] = f"{tokens:,}"
     return facts
 
 
-def catalog(out: Path, *, run: Path, texts: Texts, config: SubjectConfig) -> None:
+def _quality(path: Path) -> str:
+    """The figures that scripts/train_demo_saes.py measured on held-out text and left with the SAE."""
+    if not path.is_file():
+        return "no quality figures came with it"
+    held_out = json.loads(path.read_text(encoding="utf-8"))["held_out"]
+    return (
+        f"L0 {held_out['l0']:.1f}, variance explained {held_out['variance_explained']:.3f}, "
+        f"cross-entropy recovered {held_out['recovered_mean']:.3f} (against mean ablation), "
+        f"dead latents {held_out['dead']:.1%}, on {held_out['tokens']:,} held-out tokens"
+    )
+
+
+def catalog(out: Path, run: Path, texts: Texts, config: SubjectConfig) -> None:
     """One SQLite file with every result."""
     build(out / Path(FILE).name, _results(run, texts, config))
 
 
-def report(out: Path, *, run: Path, texts: Texts, config: SubjectConfig) -> None:
+def report(out: Path, run: Path, texts: Texts, config: SubjectConfig) -> None:
     """One HTML page with tables and figures."""
     from labeling.report import report as write_report
 
     results = _results(run, texts, config)
-    rows = {kind: getattr(results, kind) for kind in RECORDS if kind not in ("promoted", "contexts")}
+    rows = {
+        kind: getattr(results, kind) for kind in RECORDS if kind not in ("promoted", "contexts")
+    }
     rows["sites"] = rows.pop("site_choices")
     write_report(out / "report.html", facts=results.facts, concepts=results.concepts, **rows)
 
@@ -146,10 +143,3 @@ def summary(run: Path) -> list[tuple[str, str]]:
              "comparisons", "effects")  # fmt: skip
     rows = {kind: read_kind(run, kind) for kind in kinds}
     return summary_rows(summarise(sites=read_kind(run, "site_choices"), **rows))
-
-
-def browse(run: Path, *, host: str, port: int, open_browser: bool) -> None:
-    """Serve the catalog of a run until Ctrl-C."""
-    from labeling.web.serve import browse as serve
-
-    serve(run, host=host, port=port, open_browser=open_browser)
