@@ -1,6 +1,6 @@
 """The verdict on each concept: is there a latent, or a set of latents, that stands for it?
 
-Step numbers are those of the protocol in docs/methods.md:
+Step numbers are those of the protocol in docs/statistics.md:
 
 1.  statistic: AUROC within topics, averaged over topics          `discovery.scores`
 2.  selection on the first set, cross-fitted over writers         `discovery.selection`

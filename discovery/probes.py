@@ -67,9 +67,7 @@ def fit_difference(x: Residuals, labels: Labels) -> Reader:
     return along(concept_means(scores.centred(x.astype(np.float64), labels.topics), labels))
 
 
-def fit_vectors(
-    neutral: Float[np.ndarray, "neutral_texts d_model"], variance: float = 0.5
-) -> Fit:
+def fit_vectors(neutral: Float[np.ndarray, "neutral_texts d_model"], variance: float = 0.5) -> Fit:
     """A fit of contrastive vectors by the original recipe, given residuals of neutral texts."""
 
     def fit(x: Residuals, labels: Labels) -> Reader:

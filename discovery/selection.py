@@ -30,8 +30,8 @@ latents, so the simpler of each was taken.
 class LabelledSet:
     """Pooled latents of labelled texts, at each site."""
 
-    latents: dict[str, Float[csr_array, "texts d_sae"]]
-    """By site."""
+    latents: dict[str, Float[csr_array, "texts _"]]
+    """By site, [texts, d_sae]."""
     labels: Int[np.ndarray, " texts"]
     """The concept of each text, from 0."""
     topics: Int[np.ndarray, " texts"]
@@ -41,8 +41,7 @@ class LabelledSet:
 
     def __post_init__(self) -> None:
         texts = {site: x.shape[0] for site, x in self.latents.items()}
-        if not texts or set(texts.values()) != {len(self.labels)}:
-            raise ValueError(f"{len(self.labels)} labels do not fit texts by site: {texts}")
+        assert set(texts.values()) == {len(self.labels)}, f"{len(self.labels)} labels for {texts}"
 
 
 class Selection(NamedTuple):
@@ -177,14 +176,15 @@ def discriminant(
     """Weights of Fisher's discriminant of a concept against all others, within topics.
 
     The covariance is that of all texts around their topic's mean, with its correlations shrunken
-    by `SHRINKAGE`. The result has norm 1; latents that are constant get 0.
+    by `SHRINKAGE`. Latents that hardly vary within topics are held down rather than blown up. The
+    result has norm 1, or 0 if no latent differs.
     """
-    residuals = scores.centred(x.astype(np.float64), topics)
+    x = x.astype(np.float64)
+    residuals = scores.centred(x, topics)
     difference = residuals[positive].mean(0)
     covariance = residuals.T @ residuals / len(residuals)
-    variance = np.diag(covariance).copy()
-    variance[variance == 0] = 1.0
+    floor = 1e-6 * (x**2).mean(0) + 1e-30
     shrunken = (1 - SHRINKAGE) * covariance
-    np.fill_diagonal(shrunken, variance)
+    np.fill_diagonal(shrunken, np.maximum(np.diag(covariance), floor))
     weights = np.linalg.solve(shrunken, difference)
     return weights / max(float(np.linalg.norm(weights)), 1e-30)

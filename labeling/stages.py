@@ -106,7 +106,7 @@ def _facts(run: Path, texts: Texts, config: SubjectConfig) -> dict[str, str]:
 
 
 def _quality(path: Path) -> str:
-    """The figures that scripts/train_demo_saes.py measured on held-out text and left with the SAE."""
+    """What scripts/train_demo_saes.py measured on held-out text and left with the SAE."""
     if not path.is_file():
         return "no quality figures came with it"
     held_out = json.loads(path.read_text(encoding="utf-8"))["held_out"]

@@ -109,7 +109,7 @@ def train_saes(
 def _trainer(
     stream: ActivationStream, config: TrainConfig, site: str, *, seed: int, steps: int
 ) -> "SAETrainer[Any, Any]":
-    """sae-lens's trainer around a fresh SAE; torch is seeded, as its configuration takes no seed."""
+    """sae-lens's trainer around a fresh SAE; torch is seeded here, since the trainer does not."""
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
     from sae_lens.saes.sae import SAEMetadata

@@ -1,11 +1,11 @@
-"""Train the packaged SAEs of the demo model: two sites in one pass, then judge them on held-out books.
+"""Train the demo model's two SAEs in one pass over it, and judge them on held-out books.
 
     python scripts/train_demo_saes.py --work /tmp/demo_lm --lm saes/data/demo_lm \
         --out saes/data/demo_saes
 
 `--work` is the folder that scripts/train_demo_lm.py left (its train.npy and valid.npy are read);
-the checkpoint goes into `saes/` in it. TopK with k = 32 and 4,096 latents after blocks 3 and 5 of 8.
-On two CPU cores the 4 M tokens take 10-15 minutes; on a GPU 50 M are the default.
+the checkpoint goes into `saes/` in it. TopK, k = 32, 4,096 latents, after blocks 3 and 5 of 8. On
+two CPU cores 4 M tokens take 10-15 minutes; on a GPU 50 M are the default.
 
 Safe to interrupt: the same command goes on from the last checkpoint and ends with the same bytes on
 the same machine with the same number of threads.

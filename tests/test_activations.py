@@ -94,7 +94,7 @@ def test_resuming_gives_the_same_bytes(tiny_lm: LM) -> None:
         batches.append(next(whole)[EMBED])
     assert whole.epoch >= 2
     elsewhere = stream(tiny_lm)
-    for i in (0, 1, 2, 6, 7, 8, 13, 16, 4):
+    for i in (0, 1, 2, 6, 7, 8, 13, 15, 4):
         for again in (stream(tiny_lm), elsewhere):
             again.load_state_dict(states[i])
             assert torch.equal(next(again)[EMBED], batches[i])

@@ -193,15 +193,12 @@ def test_the_order_of_the_texts_is_kept(
     assert_same(captured, back)
 
 
-def test_latents_in_small_pieces_are_the_same(
-    dictionaries: list[Dictionary], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_latents_in_small_pieces_are_the_same(dictionaries: list[Dictionary]) -> None:
     torch.manual_seed(0)
     resid = torch.randn(3, 11, 32)
     pooled = torch.rand(3, 11) > 0.3
     whole = pool_latents(dictionaries[0], resid, pooled)
-    monkeypatch.setattr(pooling, "DENSE", 4 * 128)
-    parts = pool_latents(dictionaries[0], resid, pooled)
+    parts = pool_latents(dictionaries[0], resid, pooled, chunk=4)
     np.testing.assert_allclose(parts.toarray(), whole.toarray(), rtol=1e-6, atol=1e-7)
     firing = torch.stack(
         [(dictionaries[0].encode(r[p]) > 0).any(0) for r, p in zip(resid, pooled, strict=True)]

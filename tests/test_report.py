@@ -28,7 +28,7 @@ from discovery.records import (
     SiteChoice,
     Vector,
 )
-from labeling.prose import number, paragraphs, probability, summary_rows
+from labeling.prose import paragraphs, summary_rows
 from labeling.report import report
 from labeling.summary import Summary, at_kl, summarise
 
@@ -488,26 +488,3 @@ def test_false_verdicts_under_shuffled_labels_are_owned_up_to(world: dict[str, A
     shuffled = [Control(f"shuffled {i}", i, 2, 0, 0, 169 - i, 3) for i in range(2)]
     text = paragraphs(summary_of({**world, "controls": shuffled}))[0]
     assert "gives 5 such verdicts (found, set or family) in 2 runs: about 2.5 of those" in text
-
-
-@pytest.mark.parametrize(
-    ("value", "digits", "sign", "shown"),
-    [(-0.125, 3, False, "−0.125"), (0.5, 2, True, "+0.50"), (-0.0001, 2, True, "0.00"),
-     (None, 2, False, "–"), (float("nan"), 2, False, "–"), (1234.5, 0, False, "1234")],
-)  # fmt: skip
-def test_numbers_in_words(value: float | None, digits: int, sign: bool, shown: str) -> None:
-    assert number(value, digits, sign=sign) == shown
-
-
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [
-        (0.0321, "0.032"),
-        (4.2e-7, "4 × 10⁻⁷"),
-        (1.0, "1.000"),
-        (9.96e-4, "1 × 10⁻³"),
-        (0.0, "0.000"),
-    ],
-)
-def test_probabilities_in_words(value: float, shown: str) -> None:
-    assert probability(value) == shown

@@ -229,7 +229,7 @@ def _line(error: BaseException) -> str:
 
 
 def _anatomy(model: PreTrainedModel, label: str) -> tuple[nn.ModuleList, nn.Module, nn.Module]:
-    """The decoder blocks, the norm that follows them in the module that holds them, the unembedding.
+    """The decoder blocks, the norm that follows them where they are held, and the unembedding.
 
     The blocks are the one ModuleList as long as the model is deep: `transformer.h` in GPT-2 and
     Falcon, `gpt_neox.layers`, `model.layers` in Llama and its kin.
