@@ -179,7 +179,7 @@ def _members(chosen: Selection, concepts: Sequence[str]) -> list[SetMember]:
     return [
         SetMember(concept, chosen.site, rank, int(latent), float(weight))
         for concept, latents, weights in zip(concepts, chosen.members, chosen.weights, strict=True)
-        for rank, (latent, weight) in enumerate(zip(latents, weights, strict=True))
+        for rank, (latent, weight) in enumerate(zip(latents, weights, strict=True), start=1)
     ]
 
 

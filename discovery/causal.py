@@ -7,7 +7,7 @@ Three conditions at one norm of the edit, a fraction (dose) of the mean residual
 - random: latents of similar firing density, none of them a target, clamped alike. They are shared:
   one run of a control reads the words of all concepts.
 Edits hold at every content position of the prompt and of the word, never at BOS. Equal norms are
-not equal disturbances, so conditions are also compared at equal KL (`at_equal_kl`). Without such
+not equal disturbances, so the report also compares conditions at equal KL. Without such
 controls steering results did not replicate (METHODS: random directions moved as much as concepts).
 """
 
@@ -50,16 +50,6 @@ class DoseResponse(NamedTuple):
 
     effects: list[Effect]
     tokens: int
-
-
-class EqualKL(NamedTuple):
-    """Change of log-probability (nats) at one KL; None where the doses do not reach that far."""
-
-    concept: str
-    kl: float
-    feature: float | None
-    vector: float | None
-    random: float | None
 
 
 def neutral_prompts(
@@ -152,8 +142,8 @@ def dose_response(
     """Change of the concepts' words and of the next-token distribution, by condition and dose.
 
     An effect is the mean over prompts and the concept's words of the word's log-probability minus
-    that of the clean run, with a 95 % t interval over prompts (feature, vector) or over control
-    latents (random). A dose of 0 is no edit and no effect (clamping to 0 would be ablation).
+    that of the clean run, with a 95 % t interval over prompts (feature, vector) or the range over
+    the control latents (random): a feature that beats it beats every control. A dose of 0 is no edit and no effect (clamping to 0 would be ablation).
 
     Args:
         lm: the model.
@@ -214,26 +204,6 @@ def dose_response(
     return DoseResponse(effects, tokens)
 
 
-def at_equal_kl(effects: Sequence[Effect], kl: float) -> list[EqualKL]:
-    """Each concept's change of log-probability where its edits reach a KL of `kl` nats.
-
-    Along the doses from 0 up, the first crossing of `kl` is interpolated linearly between
-    neighbouring doses; a condition that never gets there is None.
-    """
-    curves: dict[str, dict[str, list[Effect]]] = {}
-    for effect in sorted(effects, key=lambda e: e.dose):
-        curves.setdefault(effect.concept, {}).setdefault(effect.condition, []).append(effect)
-    order = dict.fromkeys(effect.concept for effect in effects)
-
-    def change(concept: str, condition: str) -> float | None:
-        return _crossing([(e.kl, e.delta_logprob) for e in curves[concept].get(condition, [])], kl)
-
-    return [
-        EqualKL(c, kl, change(c, "feature"), change(c, "vector"), change(c, "random"))
-        for c in order
-    ]
-
-
 class _Change(NamedTuple):
     """Edited minus clean, by unit of the interval: prompts, or control latents."""
 
@@ -255,7 +225,10 @@ def _by_control(changes: Sequence[_Change], column: Int[np.ndarray, " words"]) -
 def _effect(
     target: Target, condition: str, site: str, latent: int, dose: float, change: _Change
 ) -> Effect:
-    interval = t_interval(change.words.mean(1)[None], (-math.inf, math.inf))
+    moved = change.words.mean(1)
+    mean, low, high = (float(x[0]) for x in t_interval(moved[None], (-math.inf, math.inf)))
+    if condition == "random":
+        low, high = float(moved.min()), float(moved.max())
     return Effect(
         concept=target.concept,
         verdict=target.verdict,
@@ -263,9 +236,9 @@ def _effect(
         site=site,
         latent=latent,
         dose=float(dose),
-        delta_logprob=float(interval.mean[0]),
-        low=float(interval.low[0]),
-        high=float(interval.high[0]),
+        delta_logprob=mean,
+        low=low,
+        high=high,
         kl=float(change.kl.mean()),
         n=len(change.kl),
     )
@@ -333,13 +306,3 @@ def _opening(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> str:
             "use longer prompts"
         )
     return best
-
-
-def _crossing(curve: Sequence[tuple[float, float]], kl: float) -> float | None:
-    before = (0.0, 0.0)
-    for after in curve:
-        if before[0] <= kl <= after[0]:
-            share = (kl - before[0]) / (after[0] - before[0]) if after[0] > before[0] else 1.0
-            return before[1] + share * (after[1] - before[1])
-        before = after
-    return None

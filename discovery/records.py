@@ -181,7 +181,7 @@ class Effect:
     latent: int  # -1 where no single latent is meant
     dose: float  # norm of the edit as a fraction of the mean residual norm
     delta_logprob: float  # nats, mean over prompts and the concept's words
-    low: float
+    low: float  # 95 % t interval over prompts; for random, the range over the control latents
     high: float
     kl: float  # nats, clean to edited next-token distribution
     n: int  # prompts (feature, vector), or control latents (random)
@@ -234,7 +234,7 @@ Record = TypeVar("Record")
 _SCALARS = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 
 
-def _arrow_field(name: str, kind: Any) -> pa.Field:
+def _arrow_field(name: str, kind: Any) -> Any:
     nullable = False
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         (kind,) = [a for a in typing.get_args(kind) if a is not type(None)]
@@ -254,10 +254,11 @@ def write(path: Path, record: type[Record], rows: Iterable[Record]) -> None:
     """Write `rows` of one record type to a parquet file; the same rows give the same bytes."""
     columns = list(zip(*(astuple(typing.cast(Any, r)) for r in rows), strict=True))
     kind = schema(record)
-    arrays = [
-        pa.array(list(columns[i]) if columns else [], type=f.type) for i, f in enumerate(kind)
+    arrays: list[Any] = [
+        pa.array(list(columns[i]) if columns else [], type=t) for i, t in enumerate(kind.types)
     ]
-    pq.write_table(pa.Table.from_arrays(arrays, schema=kind), path, compression="zstd")
+    table = pa.Table.from_arrays(arrays, schema=kind)
+    pq.write_table(table, path, compression="zstd")  # pyright: ignore[reportUnknownMemberType]
 
 
 def read(path: Path, record: type[Record]) -> list[Record]:
@@ -267,7 +268,7 @@ def read(path: Path, record: type[Record]) -> list[Record]:
         UserError: the file is missing, damaged, or has other columns than `record`.
     """
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path)  # pyright: ignore[reportUnknownMemberType]
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"cannot read {path} as parquet: {str(error).splitlines()[0]}") from None
     kind = schema(record)
@@ -276,7 +277,7 @@ def read(path: Path, record: type[Record]) -> list[Record]:
             f"{path} holds columns {table.schema.names}, expected those of "
             f"{record.__name__}: {kind.names}; delete its stage folder to make it anew"
         )
-    lists = {f.name for f in kind if pa.types.is_list(f.type)}
+    lists = {name for name, t in zip(kind.names, kind.types, strict=True) if pa.types.is_list(t)}
     return [
         record(**{k: tuple(v) if k in lists else v for k, v in row.items()})
         for row in table.to_pylist()

@@ -14,7 +14,7 @@ from saes.errors import UserError
 class CaptureConfig:
     """The pass of the model over the corpus."""
 
-    batch_tokens: int = 8192
+    batch_tokens: int = 2048
     """Padded tokens in one forward pass."""
 
     def __post_init__(self) -> None:

@@ -104,15 +104,13 @@ def align(
     first, hard, mentions = (_labelled(read, sets[n]) for n in ("first", "hard", "mentions"))
     arrays = load_file(run / "contrast" / "vectors.safetensors")
     near = {site: nearest(arrays[f"vectors/{site}"]) for site in read.latents}
-    settings = {
-        "nearest": near, "concepts": names, "families": texts.families,
-        "k": config.k, "q": config.q,
-    }  # fmt: skip
-    result = align_rows(first, hard, mentions, **settings)
+
+    def run_protocol(*labelled: LabelledSet) -> AlignResult:
+        return align_rows(*labelled, near, names, texts.families, config.k, config.q)
+
+    result = run_protocol(first, hard, mentions)
     rng = np.random.default_rng(seed)
-    null = align_rows(
-        *(shuffled(labelled, rng) for labelled in (first, hard, mentions)), **settings
-    )
+    null = run_protocol(*(shuffled(labelled, rng) for labelled in (first, hard, mentions)))
     controls = [tally("true", result), tally("shuffled within topic", null)]
     ours, others = _methods(read, sets, texts, result, contrast.neutral_variance)
     records.write(out / "alignments.parquet", Alignment, result.alignments)

@@ -242,7 +242,7 @@ def causal_sentences(summary: Summary) -> str:
         f"{number(effect['feature'].median, sign=True)} nats over {plural(c.n, 'concept')}; the "
         f"contrastive vector at the same norm by {number(effect['vector'].median, sign=True)}, "
         f"random features by {number(effect['random'].median, sign=True)}. For {c.beyond_random} "
-        f"of {c.n} its interval lies above that of the random controls' mean. At equal KL (median "
+        f"of {c.n} its interval lies above every random control. At equal KL (median "
         f"{number(c.equal_kl)} nats) the medians are "
         f"{number(c.equal_effect['feature'], sign=True)}, "
         f"{number(c.equal_effect['vector'], sign=True)} and "
@@ -286,7 +286,7 @@ def _causal_brief(summary: Summary) -> str:
     medians = [f"{name} {number(q.median, sign=True)}" for name, q in c.effect.items()]
     return (
         f"Clamped at a dose of {number(c.dose)}, the words of the concept change by (median nats) "
-        f"{_join(medians)}; the feature's interval lies above that of the random controls for "
+        f"{_join(medians)}; the feature's interval lies above every random control for "
         f"{c.beyond_random} of {plural(c.n, 'concept')}."
     )
 
@@ -337,8 +337,8 @@ def captions(
             f"at least half of them reach that KL (right). {causal_sentences(summary)}"
         ),
         "multiples": (
-            f"{plural(tried, 'concept')}; 95 % intervals of the mean over prompts, for the random "
-            "controls over control latents. Every edit has the same norm at the same dose."
+            f"{plural(tried, 'concept')}; 95 % intervals of the mean over prompts; for the random "
+            "controls the range over control latents. Every edit has the same norm at the same dose."
             + (f" * not confirmed as a single latent ({starred})." if starred else "")
         ),
     }

@@ -71,11 +71,14 @@ def label(out: Path, run: Path, subject: Subject, texts: Texts, config: LabelCon
     density = {(site, j): float(fires[j] / len(stories)) for j in latents}
     dictionary = subject.dictionary(site)
     promoted = promoted_tokens(subject.lm, dictionary, latents, config.promoted)
+    # Latents were chosen on the first set: its stories would flatter them as evidence.
+    unseen = [i for i, row in enumerate(read.texts) if row.set != "first"]
+    everything = texts.corpus.texts()
     shown = contexts(
         subject.lm,
         dictionary,
-        read.latents[site],
-        texts.corpus.texts(),
+        read.latents[site][unseen],
+        [everything[i] for i in unseen],
         latents,
         config.contexts,
     )

@@ -92,7 +92,7 @@ class Causal(NamedTuple):
     confirmed: int  # of `n`, concepts whose verdict is `found`
     effect: Mapping[str, Quartiles]  # per condition, nats
     kl: Mapping[str, float]  # per condition, median nats
-    beyond_random: int  # concepts whose interval lies above that of the random controls
+    beyond_random: int  # concepts whose interval lies above every random control
     equal_kl: float  # median over concepts of the KL at which conditions are compared
     equal_effect: Mapping[str, float]  # per condition, median nats at that KL
     equal_beyond_random: int

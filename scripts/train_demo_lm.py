@@ -32,7 +32,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -82,13 +90,16 @@ def documents(data: Path) -> Iterator[tuple[str, str]]:
             yield "emotionscope", row["text"] if "text" in row else row["dialogue"]
     for row in csv.reader(
         io.StringIO((data / "emotion/goemotions/train.tsv").read_text(encoding="utf-8")),
-        delimiter="\t", quoting=csv.QUOTE_NONE,
+        delimiter="\t",
+        quoting=csv.QUOTE_NONE,
     ):
         yield "goemotions/train", row[0]
     for name, column in (("en-annotated.tsv", 0), ("neu_en.txt", 1)):
         for line in (data / "emotion/xed" / name).read_text(encoding="utf-8").splitlines():
             yield "xed", line.split("\t")[column].strip()
-    with (data / "emotion/empathic_reactions/messages.csv").open(encoding="utf-8", newline="") as file:
+    with (data / "emotion/empathic_reactions/messages.csv").open(
+        encoding="utf-8", newline=""
+    ) as file:
         for row in csv.DictReader(file):
             yield "empathic_reactions", row["essay"]
 
@@ -101,8 +112,16 @@ def train_tokenizer(texts: Iterator[str], vocab: int) -> Tokenizer:
         + [
             normalizers.Replace(old, new)
             for old, new in {
-                "\u201c": '"', "\u201d": '"', "\u2018": "'", "\u2019": "'", "\u2060": "",
-                "\u00a0": " ", "\u200a": "", "\u2009": " ", "\u202f": " ", "\ufeff": "",
+                "\u201c": '"',
+                "\u201d": '"',
+                "\u2018": "'",
+                "\u2019": "'",
+                "\u2060": "",
+                "\u00a0": " ",
+                "\u200a": "",
+                "\u2009": " ",
+                "\u202f": " ",
+                "\ufeff": "",
             }.items()
         ]
     )
@@ -111,12 +130,16 @@ def train_tokenizer(texts: Iterator[str], vocab: int) -> Tokenizer:
     tokenizer.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=vocab, special_tokens=[PAD, BOS, EOS], min_frequency=2, show_progress=False,
+            vocab_size=vocab,
+            special_tokens=[PAD, BOS, EOS],
+            min_frequency=2,
+            show_progress=False,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         ),
     )
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B",
+        single=f"{BOS} $A",
+        pair=f"{BOS} $A {BOS} $B",
         special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
     )
     return tokenizer
@@ -143,11 +166,17 @@ def prepare(data: Path, work: Path, recipe: Recipe) -> None:
     tokenizer.save(str(work / "tokenizer.json"))
     eos = tokenizer.token_to_id(EOS)
     stats = {"train_characters": characters, "train_documents": len(train)}
-    for name, rows in (("train", [sample[i] for i in range(len(sample))]), ("valid", [t for _, t in valid])):
+    for name, rows in (
+        ("train", [sample[i] for i in range(len(sample))]),
+        ("valid", [t for _, t in valid]),
+    ):
         parts, size = [], 0
         for start in tqdm(range(0, len(rows), 512), desc=f"tokenize {name}", mininterval=5):
             batch = rows[start : start + 512]
-            size += sum(len(tokenizer.normalizer.normalize_str(t).encode()) if name == "valid" else 0 for t in batch)
+            size += sum(
+                len(tokenizer.normalizer.normalize_str(t).encode()) if name == "valid" else 0
+                for t in batch
+            )
             for encoding in tokenizer.encode_batch(batch, add_special_tokens=False):
                 parts.append(np.array([*encoding.ids, eos], np.uint16))
         stream = np.concatenate(parts)
@@ -170,11 +199,18 @@ def build(recipe: Recipe, tokenizer: Tokenizer) -> LlamaForCausalLM:
     torch.manual_seed(recipe.seed)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=recipe.vocab, hidden_size=recipe.d_model, intermediate_size=recipe.d_mlp,
-            num_hidden_layers=recipe.n_layers, num_attention_heads=recipe.n_heads,
-            num_key_value_heads=recipe.n_heads, max_position_embeddings=recipe.context,
-            tie_word_embeddings=True, initializer_range=0.02, rms_norm_eps=1e-5,
-            bos_token_id=tokenizer.token_to_id(BOS), eos_token_id=tokenizer.token_to_id(EOS),
+            vocab_size=recipe.vocab,
+            hidden_size=recipe.d_model,
+            intermediate_size=recipe.d_mlp,
+            num_hidden_layers=recipe.n_layers,
+            num_attention_heads=recipe.n_heads,
+            num_key_value_heads=recipe.n_heads,
+            max_position_embeddings=recipe.context,
+            tie_word_embeddings=True,
+            initializer_range=0.02,
+            rms_norm_eps=1e-5,
+            bos_token_id=tokenizer.token_to_id(BOS),
+            eos_token_id=tokenizer.token_to_id(EOS),
             pad_token_id=tokenizer.token_to_id(PAD),
         )
     )
@@ -185,11 +221,18 @@ def build(recipe: Recipe, tokenizer: Tokenizer) -> LlamaForCausalLM:
 
 
 def optimisers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+    hidden = [
+        p
+        for n, p in model.named_parameters()
+        if p.ndim == 2 and "embed" not in n and "lm_head" not in n
+    ]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n or "lm_head" in n]
     return [
         torch.optim.Muon(
-            hidden, lr=recipe.lr_muon, weight_decay=recipe.weight_decay, momentum=0.95,
+            hidden,
+            lr=recipe.lr_muon,
+            weight_decay=recipe.weight_decay,
+            momentum=0.95,
             adjust_lr_fn="match_rms_adamw",
         ),
         torch.optim.AdamW(rest, lr=recipe.lr_adam, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
@@ -219,8 +262,14 @@ def loss_of(model: LlamaForCausalLM, tokens: torch.Tensor, device: torch.device)
 
 
 @torch.no_grad()
-def validate(model: LlamaForCausalLM, stream: np.ndarray, bos: int, recipe: Recipe, device: torch.device,
-             blocks: int | None) -> float:
+def validate(
+    model: LlamaForCausalLM,
+    stream: np.ndarray,
+    bos: int,
+    recipe: Recipe,
+    device: torch.device,
+    blocks: int | None,
+) -> float:
     """Mean loss in nats a token over the first `blocks` blocks (all when None), evenly spread."""
     width = recipe.context - 1
     starts = np.arange(0, len(stream) - width, width)
@@ -229,7 +278,9 @@ def validate(model: LlamaForCausalLM, stream: np.ndarray, bos: int, recipe: Reci
     total = 0.0
     for i in range(0, len(starts), 64):
         rows = starts[i : i + 64]
-        total += float(loss_of(model, batch_at(stream, rows, bos, width).to(device), device)) * len(rows)
+        total += float(loss_of(model, batch_at(stream, rows, bos, width).to(device), device)) * len(
+            rows
+        )
     return total / len(starts)
 
 
@@ -240,8 +291,13 @@ def export(model: LlamaForCausalLM, tokenizer_file: Path, out: Path, recipe: Rec
     half.load_state_dict(model.state_dict())
     half.save_pretrained(out)
     PreTrainedTokenizerFast(
-        tokenizer_file=str(tokenizer_file), bos_token=BOS, eos_token=EOS, pad_token=PAD,
-        model_max_length=recipe.context, padding_side="right", clean_up_tokenization_spaces=False,
+        tokenizer_file=str(tokenizer_file),
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        model_max_length=recipe.context,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
     ).save_pretrained(out)
 
 
@@ -260,18 +316,36 @@ def samples(model: LlamaForCausalLM, tokenizer: Tokenizer, device: torch.device)
     return texts
 
 
-def save_checkpoint(path: Path, model: torch.nn.Module, opts: list[torch.optim.Optimizer], step: int, best: float) -> None:
+def save_checkpoint(
+    path: Path, model: torch.nn.Module, opts: list[torch.optim.Optimizer], step: int, best: float
+) -> None:
     part = path.with_suffix(".part")
-    torch.save({"model": model.state_dict(), "opts": [o.state_dict() for o in opts], "step": step, "best": best}, part)
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "opts": [o.state_dict() for o in opts],
+            "step": step,
+            "best": best,
+        },
+        part,
+    )
     os.replace(part, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with text/, emotion/, emotion_stories/")
-    parser.add_argument("--work", type=Path, required=True, help="tokens and checkpoints (about 0.2 GB)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with text/, emotion/, emotion_stories/"
+    )
+    parser.add_argument(
+        "--work", type=Path, required=True, help="tokens and checkpoints (about 0.2 GB)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="where the finished model goes")
-    parser.add_argument("--steps", type=int, default=None, help="stop early, for a trial; the schedule is unchanged")
+    parser.add_argument(
+        "--steps", type=int, default=None, help="stop early, for a trial; the schedule is unchanged"
+    )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     for field, value in asdict(Recipe()).items():
         parser.add_argument(f"--{field.replace('_', '-')}", type=type(value), default=value)
@@ -283,7 +357,10 @@ def main() -> None:
     prepare(args.data, work, recipe)
     tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
     bos, width = tokenizer.token_to_id(BOS), recipe.context - 1
-    train, valid = np.load(work / "train.npy", mmap_mode="r"), np.load(work / "valid.npy", mmap_mode="r")
+    train, valid = (
+        np.load(work / "train.npy", mmap_mode="r"),
+        np.load(work / "valid.npy", mmap_mode="r"),
+    )
 
     model = build(recipe, tokenizer).to(device)
     opts = optimisers(model, recipe)
@@ -328,11 +405,24 @@ def main() -> None:
         smooth = float(loss) if smooth is None else 0.98 * smooth + 0.02 * float(loss)
         bar.update()
         if step % 20 == 0:
-            bar.set_postfix(loss=f"{smooth:.3f}", tok_s=f"{(step - first) * recipe.batch * recipe.context / (time.time() - began):.0f}")
+            bar.set_postfix(
+                loss=f"{smooth:.3f}",
+                tok_s=f"{(step - first) * recipe.batch * recipe.context / (time.time() - began):.0f}",
+            )
         if step % 200 == 0 or step == last:
             nats = validate(model, valid, bos, recipe, device, blocks=256)
             with log.open("a") as file:
-                file.write(json.dumps({"step": step, "train": smooth, "valid": nats, "seconds": time.time() - began}) + "\n")
+                file.write(
+                    json.dumps(
+                        {
+                            "step": step,
+                            "train": smooth,
+                            "valid": nats,
+                            "seconds": time.time() - began,
+                        }
+                    )
+                    + "\n"
+                )
             if nats < best:
                 best = nats
                 export(model, work / "tokenizer.json", work / "best", recipe)
@@ -345,13 +435,21 @@ def main() -> None:
     prepared = json.loads((work / "prepared.json").read_text())
     figures = {
         "validation_loss_nats_per_token": round(nats, 4),
-        "validation_bits_per_byte": round(nats * prepared["valid_tokens"] / prepared["valid_bytes"] / math.log(2), 4),
-        "validation_books": list(VALIDATION_BOOKS), "steps": step, "recipe": asdict(recipe), **prepared,
-        "parameters": sum(p.numel() for p in model.parameters()), "device": str(device),
+        "validation_bits_per_byte": round(
+            nats * prepared["valid_tokens"] / prepared["valid_bytes"] / math.log(2), 4
+        ),
+        "validation_books": list(VALIDATION_BOOKS),
+        "steps": step,
+        "recipe": asdict(recipe),
+        **prepared,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "device": str(device),
         "samples": samples(model, tokenizer, device),
     }
     export(model, work / "tokenizer.json", args.out, recipe)
-    (args.out / "training.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+    (args.out / "training.json").write_text(
+        json.dumps(figures, indent=1, ensure_ascii=False) + "\n"
+    )
     sys.stdout.write(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
 
 

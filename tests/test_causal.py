@@ -1,6 +1,5 @@
 """Dose-response against a naive loop with sae-lens, planted effects, and the design's rules."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,16 +8,13 @@ import torch
 from scipy import stats
 
 from discovery.causal import (
-    EqualKL,
     Target,
-    at_equal_kl,
     control_latents,
     dose_response,
     neutral_prompts,
     planned_tokens,
 )
 from discovery.corpora import Text
-from discovery.records import Effect
 from saes.errors import UserError
 from saes.pretrained import load_sae
 
@@ -116,9 +112,8 @@ def test_effects_equal_a_naive_loop_with_sae_lens(tiny_lm, sae, targets):
         (row,) = of(effects, target.concept, "random")
         runs = [effect(clamped(latent)) for latent in controls]
         means = [delta.mean() for delta, _ in runs]
-        interval = stats.ttest_1samp(means, 0).confidence_interval(0.95)
         assert row.delta_logprob == pytest.approx(np.mean(means), abs=1e-4)
-        assert (row.low, row.high) == pytest.approx(tuple(interval), abs=1e-3)
+        assert (row.low, row.high) == pytest.approx((min(means), max(means)), abs=1e-3)
         assert row.kl == pytest.approx(np.mean([moved for _, moved in runs]), abs=1e-4)
         assert (row.latent, row.n) == (-1, 3)
 
@@ -216,9 +211,6 @@ def test_a_planted_unembedding_direction_raises_its_word(tiny_lm):
     assert feature[0].delta_logprob < feature[1].delta_logprob < feature[2].delta_logprob
     other, shared = of(effects, "and", "feature"), of(effects, "and", "random")
     assert any(o.low < r.high for o, r in zip(other, shared, strict=True))
-    equal = at_equal_kl(effects, feature[0].kl)
-    assert equal[0].concept == "the"
-    assert equal[0].feature == pytest.approx(feature[0].delta_logprob)
 
 
 def test_controls_match_density_and_exclude_targets():
@@ -289,27 +281,3 @@ def test_prompts_are_openings_of_different_topics(tiny_tokenizer):
         neutral_prompts(marked, tiny_tokenizer, 13)
     with pytest.raises(UserError, match="ends within 1 tokens"):
         neutral_prompts(marked, tiny_tokenizer, 1, length=1)
-
-
-def effect(concept, condition, dose, kl, delta):
-    return Effect(concept, "found", condition, SITE, -1, dose, delta, delta, delta, kl, 3)
-
-
-def test_equal_kl_interpolates_and_does_not_extrapolate():
-    effects = [
-        effect("calm", "feature", 0.2, 1.0, 2.0),
-        effect("calm", "feature", 0.1, 0.5, 0.5),
-        effect("calm", "vector", 0.1, 0.25, 1.0),
-        effect("calm", "vector", 0.2, 0.2, 3.0),
-        effect("calm", "vector", 0.4, 1.2, 5.0),
-        effect("calm", "random", 0.4, 0.3, 0.1),
-        effect("angry", "feature", 0.1, 2.0, 4.0),
-    ]
-    calm, angry = at_equal_kl(effects, 0.75)
-    assert calm == EqualKL("calm", 0.75, 1.25, pytest.approx(4.1), None)
-    # From the origin: at dose 0 nothing is changed.
-    assert angry == EqualKL("angry", 0.75, 1.5, None, None)
-    assert at_equal_kl(effects, 0.5)[0].feature == 0.5
-    assert at_equal_kl(effects, 0.125)[0].vector == 0.5
-    assert at_equal_kl(effects, 0.0)[0] == EqualKL("calm", 0.0, 0.0, 0.0, 0.0)
-    assert not any(isinstance(v, float) and math.isnan(v) for row in (calm, angry) for v in row)
