@@ -143,7 +143,8 @@ def dose_response(
 
     An effect is the mean over prompts and the concept's words of the word's log-probability minus
     that of the clean run, with a 95 % t interval over prompts (feature, vector) or the range over
-    the control latents (random): a feature that beats it beats every control. A dose of 0 is no edit and no effect (clamping to 0 would be ablation).
+    the control latents (random): a feature that beats it beats every control. A dose of 0 is no
+    edit and no effect (clamping to 0 would be ablation).
 
     Args:
         lm: the model.

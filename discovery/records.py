@@ -1,7 +1,7 @@
 """Typed rows of every result, and their parquet schema. No torch.
 
-Each stage writes lists of these records; the catalog, the report and notebooks read them back as the
-same types. The parquet schema is derived from the dataclass, so a file that does not fit is refused.
+Each stage writes lists of these records; the catalog, the report and notebooks read them back as
+the same types. The schema is derived from the dataclass, so a file that does not fit is refused.
 """
 
 import types
@@ -24,8 +24,8 @@ VERDICTS: tuple[Verdict, ...] = typing.get_args(Verdict)
 class Alignment:
     """The verdict on one concept and the figures behind it (protocol steps in `discovery.align`).
 
-    AUROCs are within-topic. `auroc_first` and `set_auroc_first` are cross-fitted over writers on the
-    selection set; `auroc` and `set_auroc` are on the confirmation set, with a 95 % interval.
+    AUROCs are within-topic. `auroc_first` and `set_auroc_first` are cross-fitted over writers on
+    the selection set; `auroc` and `set_auroc` are on the confirmation set, with a 95 % interval.
     """
 
     concept: str
@@ -75,10 +75,10 @@ class SetMember:
 
 @dataclass(frozen=True)
 class Score:
-    """Within-topic AUROC of one method for one concept on one set, with a 95 % interval over topics.
+    """Within-topic AUROC of one method for one concept on one set, 95 % interval over topics.
 
-    `method`: latent, set, vector, probe, embedding, tfidf. `set`: first (cross-fitted over writers),
-    hard (trained or chosen on first), situations (no topics: pooled over the three texts).
+    `method`: latent, set, vector, probe, embedding, tfidf. `set`: first (cross-fitted over
+    writers), hard (trained or chosen on first), situations (no topics: pooled over the texts).
     """
 
     concept: str
@@ -103,7 +103,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Control:
-    """Verdict counts of the whole procedure under one labelling (`true`, or shuffled within topic)."""
+    """Verdict counts of the whole procedure under true labels, or shuffled within topic."""
 
     labels: str
     found: int
@@ -116,7 +116,7 @@ class Control:
 
 @dataclass(frozen=True)
 class SiteChoice:
-    """Mean cross-fitted AUROC on the first set at each site; the best set figure chooses the site."""
+    """Mean cross-fitted AUROC on the first set at a site; the best set figure chooses the site."""
 
     site: str
     latent_auroc_first: float
@@ -154,7 +154,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Cosine of a concept's feature direction with its contrastive vector, against all decoder rows."""
+    """Cosine of a concept's feature direction with its contrastive vector, and its null."""
 
     concept: str
     site: str

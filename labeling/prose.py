@@ -338,7 +338,7 @@ def captions(
         ),
         "multiples": (
             f"{plural(tried, 'concept')}; 95 % intervals of the mean over prompts; for the random "
-            "controls the range over control latents. Every edit has the same norm at the same dose."
+            "controls their range. Every edit has the same norm at the same dose."
             + (f" * not confirmed as a single latent ({starred})." if starred else "")
         ),
     }

@@ -1,6 +1,6 @@
-"""Train the packaged demo language model and its tokenizer, from plain text to a Hugging Face folder.
+"""Train the packaged demo language model and its tokenizer, from text to a Hugging Face folder.
 
-    python scripts/train_demo_lm.py --data ../shared/data --work /tmp/demo_lm --out saes/data/demo_lm
+    python scripts/train_demo_lm.py --data DATA --work WORK --out saes/data/demo_lm
 
 A small Llama (8 layers, d_model 256, context 256, 8k byte-level BPE) on public-domain and openly
 licensed narrative and everyday text. Labels that some of the sources carry are never read. Whole
@@ -16,41 +16,56 @@ al. 2025, arXiv 2502.16982), AdamW for the rest; linear decay to zero (Bergsma e
 """
 
 import argparse
-import csv
 import hashlib
-import io
 import json
-import lzma
 import math
-import os
-import random
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import (
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from demo_text import BOS, EOS, PAD, SOURCES, VALIDATION_BOOKS, prepare
+from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
-VALIDATION_BOOKS = (  # whole books, by hash order, drawn once
-    "standardebooks/kate-chopin_short-fiction",
-    "standardebooks/virginia-woolf_mrs-dalloway",
-    "ELTeC-eng/ENG18410_Sinclair",
-    "ELTeC-eng/ENG18450_Disraeli",
-)
+CARD = """# Demo language model
+
+A Llama of {parameters:,} parameters ({n_layers} layers, d_model {d_model}, context {context},
+{vocab} byte-level BPE tokens) that ships with Emotion Atlas so that the whole pipeline runs offline
+on a CPU. Weights in bf16; `AutoModelForCausalLM.from_pretrained(folder)` loads it. Made by
+`scripts/train_demo_lm.py`.
+
+| | |
+|---|---|
+| validation loss | {nats:.4f} nats a token |
+| bits per byte | {bits:.4f} |
+| held-out text | {valid_tokens:,} tokens, whole books that were never trained on |
+| training text | {train_characters:,} characters, {train_tokens:,} tokens, {epochs} epochs |
+| optimiser | Muon and AdamW, linear decay to zero, batch {batch} x {context} tokens, seed {seed} |
+{note}
+## Data
+
+| source | characters |
+|---|---|
+{sources}
+
+Labels that some of the sources carry were not read. Typographic quotes and spaces are folded to
+plain ones by the tokenizer. Held-out books:
+
+{books}
+
+## Samples (temperature 0.8, top 40, not chosen)
+
+{samples}
+
+## Limits
+
+It writes grammatical fragments in the manner of old novels and knows nothing. Most of its text is
+from before 1930, with the prejudices of its time. It is for trying methods, not for use: what it
+represents of emotions says little about larger models. Licence: Apache-2.0.
+"""
 
 
 @dataclass(frozen=True)
@@ -70,129 +85,6 @@ class Recipe:
     weight_decay: float = 0.05
     warmup: int = 60
     seed: int = 0
-
-
-# ---------------------------------------------------------------------------------------- text
-
-
-def documents(data: Path) -> Iterator[tuple[str, str]]:
-    """(source, text) of every document, in a fixed order; labels are not read."""
-    for name in ("standardebooks", "eltec_eng", "children_stories_ccby"):
-        with lzma.open(data / "text" / f"{name}.jsonl.xz", "rt", encoding="utf-8") as lines:
-            for line in lines:
-                row = json.loads(line)
-                if row.get("lang", "en") == "en":
-                    yield row["source"], row["text"]
-    for name in ("emotion_stories", "two_speaker_dialogues"):
-        path = data / "emotion_stories" / f"emotionscope_{name}.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            yield "emotionscope", row["text"] if "text" in row else row["dialogue"]
-    for row in csv.reader(
-        io.StringIO((data / "emotion/goemotions/train.tsv").read_text(encoding="utf-8")),
-        delimiter="\t",
-        quoting=csv.QUOTE_NONE,
-    ):
-        yield "goemotions/train", row[0]
-    for name, column in (("en-annotated.tsv", 0), ("neu_en.txt", 1)):
-        for line in (data / "emotion/xed" / name).read_text(encoding="utf-8").splitlines():
-            yield "xed", line.split("\t")[column].strip()
-    with (data / "emotion/empathic_reactions/messages.csv").open(
-        encoding="utf-8", newline=""
-    ) as file:
-        for row in csv.DictReader(file):
-            yield "empathic_reactions", row["essay"]
-
-
-def train_tokenizer(texts: Iterator[str], vocab: int) -> Tokenizer:
-    """Byte-level BPE; typographic quotes, dashes and spaces are folded to their plain forms."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC()]
-        + [
-            normalizers.Replace(old, new)
-            for old, new in {
-                "\u201c": '"',
-                "\u201d": '"',
-                "\u2018": "'",
-                "\u2019": "'",
-                "\u2060": "",
-                "\u00a0": " ",
-                "\u200a": "",
-                "\u2009": " ",
-                "\u202f": " ",
-                "\ufeff": "",
-            }.items()
-        ]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab,
-            special_tokens=[PAD, BOS, EOS],
-            min_frequency=2,
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A",
-        pair=f"{BOS} $A {BOS} $B",
-        special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
-    )
-    return tokenizer
-
-
-def prepare(data: Path, work: Path, recipe: Recipe) -> None:
-    """Tokenizer and token streams (uint16) in `work`; skipped when they are there."""
-    if (work / "prepared.json").exists():
-        return
-    train, valid = [], []
-    for source, text in tqdm(documents(data), desc="read", unit="doc", mininterval=5):
-        (valid if source in VALIDATION_BOOKS else train).append((source, text))
-    characters = sum(len(text) for _, text in train)
-    sys.stdout.write(f"{characters:,} training characters, {len(train):,} documents\n")
-    rng = random.Random(recipe.seed)
-    sample = [text for _, text in rng.sample(train, len(train))]
-    kept, total = [], 0
-    for text in sample:  # 30 M characters settle an 8k vocabulary
-        kept.append(text)
-        total += len(text)
-        if total > 30_000_000:
-            break
-    tokenizer = train_tokenizer(iter(kept), recipe.vocab)
-    tokenizer.save(str(work / "tokenizer.json"))
-    eos = tokenizer.token_to_id(EOS)
-    stats = {"train_characters": characters, "train_documents": len(train)}
-    for name, rows in (
-        ("train", [sample[i] for i in range(len(sample))]),
-        ("valid", [t for _, t in valid]),
-    ):
-        parts, size = [], 0
-        for start in tqdm(range(0, len(rows), 512), desc=f"tokenize {name}", mininterval=5):
-            batch = rows[start : start + 512]
-            size += sum(
-                len(tokenizer.normalizer.normalize_str(t).encode()) if name == "valid" else 0
-                for t in batch
-            )
-            for encoding in tokenizer.encode_batch(batch, add_special_tokens=False):
-                parts.append(np.array([*encoding.ids, eos], np.uint16))
-        stream = np.concatenate(parts)
-        np.save(work / f"{name}.npy", stream)
-        stats[f"{name}_tokens"] = len(stream)
-        if name == "valid":
-            stats["valid_bytes"] = size
-    by_source: dict[str, int] = {}
-    for source, text in train:
-        key = source.split("/")[0]
-        by_source[key] = by_source.get(key, 0) + len(text)
-    stats["characters_by_source"] = by_source
-    (work / "prepared.json").write_text(json.dumps(stats, indent=1))
-
-
-# ---------------------------------------------------------------------------------------- model
 
 
 def build(recipe: Recipe, tokenizer: Tokenizer) -> LlamaForCausalLM:
@@ -278,14 +170,13 @@ def validate(
     total = 0.0
     for i in range(0, len(starts), 64):
         rows = starts[i : i + 64]
-        total += float(loss_of(model, batch_at(stream, rows, bos, width).to(device), device)) * len(
-            rows
-        )
+        batch = batch_at(stream, rows, bos, width).to(device)
+        total += float(loss_of(model, batch, device)) * len(rows)
     return total / len(starts)
 
 
 def export(model: LlamaForCausalLM, tokenizer_file: Path, out: Path, recipe: Recipe) -> None:
-    """A folder that plain `AutoModelForCausalLM.from_pretrained` loads: bf16 safetensors + tokenizer."""
+    """A folder that plain `AutoModelForCausalLM.from_pretrained` loads: bf16 safetensors."""
     out.mkdir(parents=True, exist_ok=True)
     half = LlamaForCausalLM(model.config).to(torch.bfloat16)
     half.load_state_dict(model.state_dict())
@@ -316,20 +207,104 @@ def samples(model: LlamaForCausalLM, tokenizer: Tokenizer, device: torch.device)
     return texts
 
 
-def save_checkpoint(
+def checkpoint(
     path: Path, model: torch.nn.Module, opts: list[torch.optim.Optimizer], step: int, best: float
 ) -> None:
     part = path.with_suffix(".part")
-    torch.save(
-        {
-            "model": model.state_dict(),
-            "opts": [o.state_dict() for o in opts],
-            "step": step,
-            "best": best,
-        },
-        part,
+    states = [opt.state_dict() for opt in opts]
+    torch.save({"model": model.state_dict(), "opts": states, "step": step, "best": best}, part)
+    part.replace(path)
+
+
+def train(recipe: Recipe, work: Path, device: torch.device, stop: int | None) -> bool:
+    """Train from the last checkpoint on; True when the last step was taken.
+
+    The best checkpoint by validation loss is kept in `work/best` as a model folder.
+    """
+    tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
+    bos, width = tokenizer.token_to_id(BOS), recipe.context - 1
+    tokens = np.load(work / "train.npy", mmap_mode="r")
+    valid = np.load(work / "valid.npy", mmap_mode="r")
+    model = build(recipe, tokenizer)
+    torch.nn.Module.to(model, device)
+    opts = optimisers(model, recipe)
+    per_epoch = (len(tokens) // width - 1) // recipe.batch
+    total = int(per_epoch * recipe.epochs)
+    identity = hashlib.sha256(json.dumps(asdict(recipe)).encode()).hexdigest()[:12]
+    path, log = work / f"checkpoint-{identity}.pt", work / f"log-{identity}.jsonl"
+    step, best = 0, math.inf
+    if path.exists():
+        state = torch.load(path, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        for opt, own in zip(opts, state["opts"], strict=True):
+            opt.load_state_dict(own)
+        step, best = state["step"], state["best"]
+    sys.stdout.write(
+        f"{model.num_parameters():,} parameters, {len(tokens):,} tokens, step {step:,} of "
+        f"{total:,} with {recipe.batch * recipe.context:,} tokens each, on {device}\n"
     )
-    os.replace(part, path)
+    step_loss = torch.compile(loss_of)
+    last = total if stop is None else min(total, stop)
+    order, epoch, losses = np.empty(0), -1, list[float]()
+    with tqdm(total=last, initial=step, mininterval=10, unit="step") as bar:
+        while step < last:
+            if step // per_epoch != epoch:
+                epoch = step // per_epoch
+                order = block_starts(len(tokens), recipe, epoch)
+            at = (step % per_epoch) * recipe.batch
+            batch = batch_at(tokens, order[at : at + recipe.batch], bos, width).to(device)
+            scale = min(1.0, (step + 1) / recipe.warmup) * (1 - step / total)
+            for opt, base in zip(opts, (recipe.lr_muon, recipe.lr_adam), strict=True):
+                for group in opt.param_groups:
+                    group["lr"] = base * scale
+            loss = step_loss(model, batch, device)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for opt in opts:
+                opt.step()
+                opt.zero_grad(set_to_none=True)
+            step += 1
+            losses = [*losses[-99:], loss.item()]
+            bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}", refresh=False)
+            bar.update()
+            if step % 200 == 0 or step == last:
+                nats = validate(model, valid, bos, recipe, device, blocks=256)
+                with log.open("a") as file:
+                    file.write(json.dumps({"step": step, "valid": nats}) + "\n")
+                if nats < best:
+                    best = nats
+                    export(model, work / "tokenizer.json", work / "best", recipe)
+                checkpoint(path, model, opts, step, best)
+    return step == total
+
+
+def finish(recipe: Recipe, work: Path, out: Path, device: torch.device, note: str) -> None:
+    """Judge the best checkpoint on all validation books, export it, and write its card."""
+    tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
+    model = LlamaForCausalLM.from_pretrained(work / "best", dtype=torch.float32).eval()
+    torch.nn.Module.to(model, device)
+    valid = np.load(work / "valid.npy", mmap_mode="r")
+    bos = tokenizer.token_to_id(BOS)
+    nats = validate(model, valid, bos, recipe, device, blocks=None)
+    prepared = json.loads((work / "prepared.json").read_text())
+    bits = nats * prepared["valid_tokens"] / prepared["valid_bytes"] / math.log(2)
+    export(model, work / "tokenizer.json", out, recipe)
+    card = CARD.format(
+        parameters=model.num_parameters(),
+        nats=nats,
+        bits=bits,
+        books="\n".join(f"- {book}" for book in VALIDATION_BOOKS),
+        sources="\n".join(
+            f"| {SOURCES[source]} | {characters:,} |"
+            for source, characters in prepared["characters_by_source"].items()
+        ),
+        samples="\n\n".join(f"> {text}" for text in samples(model, tokenizer, device)),
+        note=f"\n{note}\n" if note else "",
+        **asdict(recipe),
+        **prepared,
+    )
+    (out / "README.md").write_text(card, encoding="utf-8")
+    sys.stdout.write(f"validation loss {nats:.4f} nats a token, {bits:.4f} bits a byte\n")
 
 
 def main() -> None:
@@ -337,120 +312,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--data", type=Path, required=True, help="folder with text/, emotion/, emotion_stories/"
+        "--data", type=Path, required=True, help="text/, emotion/, emotion_stories/"
     )
-    parser.add_argument(
-        "--work", type=Path, required=True, help="tokens and checkpoints (about 0.2 GB)"
-    )
+    parser.add_argument("--work", type=Path, required=True, help="tokens, checkpoints (0.2 GB)")
     parser.add_argument("--out", type=Path, required=True, help="where the finished model goes")
-    parser.add_argument(
-        "--steps", type=int, default=None, help="stop early, for a trial; the schedule is unchanged"
-    )
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--stop", type=int, help="stop after so many steps, for a trial")
+    parser.add_argument("--note", default="", help="a remark for the model card")
     for field, value in asdict(Recipe()).items():
         parser.add_argument(f"--{field.replace('_', '-')}", type=type(value), default=value)
     args = parser.parse_args()
-    recipe = Recipe(**{k: getattr(args, k) for k in asdict(Recipe())})
-    work: Path = args.work
-    work.mkdir(parents=True, exist_ok=True)
+    recipe = Recipe(**{name: getattr(args, name) for name in asdict(Recipe())})
+    args.work.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    prepare(args.data, work, recipe)
-    tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
-    bos, width = tokenizer.token_to_id(BOS), recipe.context - 1
-    train, valid = (
-        np.load(work / "train.npy", mmap_mode="r"),
-        np.load(work / "valid.npy", mmap_mode="r"),
-    )
-
-    model = build(recipe, tokenizer).to(device)
-    opts = optimisers(model, recipe)
-    per_epoch = (len(train) // width - 1) // recipe.batch
-    total = int(per_epoch * recipe.epochs)
-    identity = hashlib.sha256(json.dumps(asdict(recipe)).encode()).hexdigest()[:12]
-    checkpoint, log = work / f"checkpoint-{identity}.pt", work / f"log-{identity}.jsonl"
-    step, best = 0, math.inf
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        for opt, s in zip(opts, state["opts"], strict=True):
-            opt.load_state_dict(s)
-        step, best = state["step"], state["best"]
-        sys.stdout.write(f"resumed at step {step:,}\n")
-    sys.stdout.write(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train):,} tokens, "
-        f"{total:,} steps of {recipe.batch * recipe.context:,}, on {device}\n"
-    )
-    step_loss = torch.compile(loss_of) if args.compile else loss_of
-    last = total if args.steps is None else min(total, args.steps)
-    bar, order, epoch = tqdm(total=last, initial=step, mininterval=30, unit="step"), np.empty(0), -1
-    began = time.time()
-    first, smooth = step, None
-    while step < last:
-        if step // per_epoch != epoch:
-            epoch = step // per_epoch
-            order = block_starts(len(train), recipe, epoch)
-        at = (step % per_epoch) * recipe.batch
-        tokens = batch_at(train, order[at : at + recipe.batch], bos, width).to(device)
-        scale = min(1.0, (step + 1) / recipe.warmup) * (1 - step / total)
-        for opt, base in zip(opts, (recipe.lr_muon, recipe.lr_adam), strict=True):
-            for group in opt.param_groups:
-                group["lr"] = base * scale
-        loss = step_loss(model, tokens, device)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for opt in opts:
-            opt.step()
-            opt.zero_grad(set_to_none=True)
-        step += 1
-        smooth = float(loss) if smooth is None else 0.98 * smooth + 0.02 * float(loss)
-        bar.update()
-        if step % 20 == 0:
-            bar.set_postfix(
-                loss=f"{smooth:.3f}",
-                tok_s=f"{(step - first) * recipe.batch * recipe.context / (time.time() - began):.0f}",
-            )
-        if step % 200 == 0 or step == last:
-            nats = validate(model, valid, bos, recipe, device, blocks=256)
-            with log.open("a") as file:
-                file.write(
-                    json.dumps(
-                        {
-                            "step": step,
-                            "train": smooth,
-                            "valid": nats,
-                            "seconds": time.time() - began,
-                        }
-                    )
-                    + "\n"
-                )
-            if nats < best:
-                best = nats
-                export(model, work / "tokenizer.json", work / "best", recipe)
-            save_checkpoint(checkpoint, model, opts, step, best)
-    bar.close()
-    if step < total:
-        return
-    model = LlamaForCausalLM.from_pretrained(work / "best", dtype=torch.float32).to(device).eval()
-    nats = validate(model, valid, bos, recipe, device, blocks=None)
-    prepared = json.loads((work / "prepared.json").read_text())
-    figures = {
-        "validation_loss_nats_per_token": round(nats, 4),
-        "validation_bits_per_byte": round(
-            nats * prepared["valid_tokens"] / prepared["valid_bytes"] / math.log(2), 4
-        ),
-        "validation_books": list(VALIDATION_BOOKS),
-        "steps": step,
-        "recipe": asdict(recipe),
-        **prepared,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "device": str(device),
-        "samples": samples(model, tokenizer, device),
-    }
-    export(model, work / "tokenizer.json", args.out, recipe)
-    (args.out / "training.json").write_text(
-        json.dumps(figures, indent=1, ensure_ascii=False) + "\n"
-    )
-    sys.stdout.write(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+    prepare(args.data, args.work, recipe.vocab, recipe.seed)
+    if train(recipe, args.work, device, args.stop):
+        finish(recipe, args.work, args.out, device, args.note)
 
 
 if __name__ == "__main__":
