@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+RESULTS = {"report": "report/report.html", "catalog": "catalog/catalog.sqlite"}  # in a run folder
 
 
 def _check_packages() -> None:
@@ -33,6 +34,8 @@ def _check_packages() -> None:
 
 _check_packages()
 
+from threadpoolctl import threadpool_limits  # noqa: E402
+
 from discovery.settings import (  # noqa: E402
     AlignConfig,
     CaptureConfig,
@@ -44,7 +47,7 @@ from discovery.settings import (  # noqa: E402
 from labeling.settings import LabelConfig  # noqa: E402
 from saes.config import load, override, read, to_dict  # noqa: E402
 from saes.errors import UserError  # noqa: E402
-from saes.run import Run, open_run  # noqa: E402
+from saes.run import Run, check_run, open_run  # noqa: E402
 from saes.stage import Event, Stage, is_done, run_stages, stage_keys  # noqa: E402
 from saes.subject import Subject, SubjectConfig, fingerprint, load_subject  # noqa: E402
 from saes.track import TrackConfig, open_tracker  # noqa: E402
@@ -77,7 +80,7 @@ def stages(config: RunConfig, subject: Callable[[], Subject]) -> list[Stage]:
     from labeling import stages as name
 
     texts = open_texts(config.corpus, config.concepts)
-    here, seed = Path(config.run), config.seed
+    here, seed = Path(config.run).expanduser(), config.seed
     model = {path: fingerprint(path) for path in (config.subject.model, *config.subject.saes)}
     corpus = {"corpus": texts_fingerprint(texts)}
     results = ("capture", "contrast", "align", "compare", "causal", "label")
@@ -98,12 +101,13 @@ def stages(config: RunConfig, subject: Callable[[], Subject]) -> list[Stage]:
             "align",
             lambda out: discover.align(out, here, texts, config.align, config.contrast, seed),
             {"align": config.align, "contrast": config.contrast, "seed": seed},
-            inputs=("capture", "contrast"),
+            inputs=("capture",),
         ),
         Stage(
             "compare",
-            lambda out: discover.compare(out, here, subject()),
-            inputs=("contrast", "align"),
+            lambda out: discover.compare(out, here, subject(), texts, config.contrast, seed),
+            {"contrast": config.contrast, "seed": seed},
+            inputs=("capture", "contrast", "align"),
         ),
         Stage(
             "causal",
@@ -127,25 +131,48 @@ def stages(config: RunConfig, subject: Callable[[], Subject]) -> list[Stage]:
 def run(config: RunConfig) -> None:
     """Run the stages that are not done yet, and print what was found and where to look.
 
-    Nothing is written before the model, the SAEs and the corpus have been found to fit.
+    Nothing is written before the model, the SAEs and the corpus have been found to fit; only the
+    size of the causal plan (causal.max_tokens) is known later, once concepts are chosen.
 
     Raises:
         UserError: anything in the config or its files that the user can mend.
     """
-    folder = Path(config.run)
+    folder = Path(config.run).expanduser()
+    check_run(folder, config)
     subject = cache(lambda: load_subject(config.subject))
     todo = stages(config, subject)
     keys = stage_keys(todo)
     if not all(is_done(folder / stage.name, keys[stage.name]) for stage in todo):
-        subject()
-    with open_run(folder, config) as opened:
+        check_fit(subject(), config)
+    # numpy's libraries are loaded by now: their threads, like torch's, decide the order of sums
+    with open_run(folder, config) as opened, threadpool_limits(config.subject.threads):
         _run(opened, config, todo)
 
 
+def check_fit(subject: Subject, config: RunConfig) -> None:
+    """What can be seen to fail before anything is run.
+
+    Raises:
+        UserError: the settings ask for more than the SAEs or the tokenizer have.
+    """
+    for dictionary in subject.dictionaries:
+        if config.align.k > dictionary.d_sae:
+            raise UserError(
+                f"align.k is {config.align.k}, more than the {dictionary.d_sae} latents of the SAE "
+                f"at {dictionary.site}; lower it"
+            )
+    if not subject.lm.tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer of {subject.lm.name} gives no character offsets; add a tokenizer.json"
+        )
+    if config.label.promoted > subject.lm.vocab_size:
+        raise UserError(f"label.promoted is more than the {subject.lm.vocab_size} tokens there are")
+
+
 def _run(opened: Run, config: RunConfig, todo: Sequence[Stage]) -> None:
-    opened.record(inputs={k: v for stage in todo for k, v in stage.external.items()})
     from labeling.stages import summary
 
+    opened.record(inputs={k: v for stage in todo for k, v in stage.external.items()})
     tracker = open_tracker(opened.folder, config.track, to_dict(config), opened.manifest().id)
     exit_code = 1
     try:
@@ -155,12 +182,17 @@ def _run(opened: Run, config: RunConfig, todo: Sequence[Stage]) -> None:
         tracker.log({f"seconds/{e.stage}": e.seconds for e in events})
         tracker.summary(dict(rows))
         tracker.table("summary", ("figure", "value"), rows)
+        if any(event.state == "finished" for event in events):
+            for kind, file in RESULTS.items():
+                tracker.artifact(
+                    opened.folder / file, f"{opened.folder.resolve().name}-{kind}", kind
+                )
         exit_code = 0
     finally:
         tracker.finish(exit_code)
     _print_summary(rows, events)
     where = {
-        "report": f"{opened.folder}/report/report.html",
+        "report": str(opened.folder / RESULTS["report"]),
         "catalog": f"emotion-atlas browse {opened.folder}",
         "tracked": ", ".join(tracker.places),
     }
@@ -228,8 +260,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             browse(args.folder, host=args.host, port=args.port, open_browser=args.open)
         else:
             path = demo_config() if args.command == "demo" else args.config
-            sets = [*args.sets, *([f"run={args.run}"] if args.run else [])]
-            run(load(RunConfig, override(read(path), sets)))
+            tree = override(read(path), args.sets)
+            run(load(RunConfig, {**tree, "run": args.run} if args.run else tree))
     except UserError as error:
         sys.stderr.write(f"emotion-atlas: error: {error}\n")
         return 2

@@ -70,7 +70,7 @@ def contrastive_vectors(
             "add texts for them or leave them out"
         )
     axes, explained = neutral_axes(neutral, variance)
-    vectors = project_out(_differences(residuals, labels, n_concepts), axes)
+    vectors = project_out(differences(residuals, labels, n_concepts), axes)
     return ContrastResult(vectors, axes, explained)
 
 
@@ -135,7 +135,7 @@ def split_half(
     total, seen = np.zeros(n_concepts), np.zeros(n_concepts, dtype=np.int64)
     for _ in range(halves):
         first = np.isin(topic, rng.permutation(n_topics)[: n_topics // 2])
-        a, b = (_differences(cleaned[m], labels[m], n_concepts) for m in (first, ~first))
+        a, b = (differences(cleaned[m], labels[m], n_concepts) for m in (first, ~first))
         both = np.bincount(labels[first], minlength=n_concepts) > 0
         both &= np.bincount(labels[~first], minlength=n_concepts) > 0
         cosine = np.sum(unit_rows(a[both]) * unit_rows(b[both]), axis=1)
@@ -179,7 +179,7 @@ def unit_rows(x: Float[np.ndarray, "n d_model"]) -> Float[np.ndarray, "n d_model
     return np.divide(x, norms, out=np.zeros_like(x), where=norms > 0)
 
 
-def _differences(
+def differences(
     residuals: Float[np.ndarray, "texts d_model"], labels: Int[np.ndarray, " texts"], n: int
 ) -> Float[np.ndarray, "n d_model"]:
     """Mean of each concept minus the mean over the concepts that have texts (others: zeros)."""

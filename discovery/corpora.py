@@ -221,6 +221,13 @@ def _check_stories(folder: Path, corpus: Corpus, names: Sequence[str]) -> None:
             f"{hard}: topic {min(both)!r} is also in {first.name}; what is selected on "
             "one set is confirmed on other topics"
         )
+    for topic in dict.fromkeys(text.topic for text in corpus.first):
+        writers = sorted({text.writer for text in corpus.first if text.topic == topic})
+        if len(writers) > 1:
+            raise UserError(
+                f"{first}: topic {topic!r} has stories of writers {', '.join(writers)}; selection "
+                "is cross-fitted over writers, so give each writer topics of its own"
+            )
     if len({text.writer for text in corpus.first}) < 2:
         raise UserError(
             f"{first} has one writer; selection is cross-fitted over writers, so name at least "

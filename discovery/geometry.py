@@ -32,7 +32,7 @@ class Norm(NamedTuple):
     name: str
     """valence, arousal or dominance."""
     source: str
-    """glasgow (Scott et al. 2019) or vader (Hutto & Gilbert 2014)."""
+    """glasgow (Scott et al. 2019), its exact words alone, or vader (Hutto & Gilbert 2014)."""
     values: Float[np.ndarray, " concepts"]
     """NaN where the word was not rated."""
 
@@ -47,15 +47,27 @@ class Correlation(NamedTuple):
 
 
 def human_norms(concepts: Sequence[Concept]) -> list[Norm]:
-    """The ratings of `concepts`: valence, arousal and dominance of Glasgow, valence of VADER."""
+    """The ratings of `concepts`: valence, arousal and dominance of Glasgow, valence of VADER.
+
+    Glasgow rated some concepts only as another form ("amuse" for "amused"), so each of its norms is
+    there once more for the exact words alone.
+    """
+    exact = [c.glasgow_exact for c in concepts]
 
     def column(values: Sequence[float | None]) -> Float[np.ndarray, " concepts"]:
         return np.array([np.nan if v is None else v for v in values], dtype=np.float64)
 
+    glasgow = {
+        "valence": column([c.valence for c in concepts]),
+        "arousal": column([c.arousal for c in concepts]),
+        "dominance": column([c.dominance for c in concepts]),
+    }
     return [
-        Norm("valence", "glasgow", column([c.valence for c in concepts])),
-        Norm("arousal", "glasgow", column([c.arousal for c in concepts])),
-        Norm("dominance", "glasgow", column([c.dominance for c in concepts])),
+        *(Norm(name, "glasgow", values) for name, values in glasgow.items()),
+        *(
+            Norm(name, "glasgow, exact words", np.where(exact, values, np.nan))
+            for name, values in glasgow.items()
+        ),
         Norm("valence", "vader", column([c.valence_vader for c in concepts])),
     ]
 

@@ -102,7 +102,8 @@ def capture_texts(
             (`tqdm(total=len(texts)).update` fits).
 
     Raises:
-        UserError: two SAEs at one site, a site that the model lacks, or a text without content.
+        UserError: two SAEs at one site, a site that the model lacks, a text without content, or
+            activations that are not finite.
     """
     sae_sites = [dictionary.site for dictionary in dictionaries]
     for site, n in Counter(sae_sites).items():
@@ -124,6 +125,11 @@ def capture_texts(
         pooled = pooled_tokens(block.content, torch.from_numpy(starts[rows]).to(lm.device))
         read = capture(lm, block, everywhere)
         for site, resid in read.items():
+            if not resid[block.content].isfinite().all():
+                raise UserError(
+                    f"{lm.name} gives infinite or undefined activations at {site}; "
+                    "run it in float32 or bfloat16"
+                )
             residuals[site][rows] = pool_residuals(resid, pooled).cpu().numpy()
             norms[site] += float(resid[block.content].float().norm(dim=-1).sum())
         for dictionary in dictionaries:

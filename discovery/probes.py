@@ -1,4 +1,4 @@
-"""Dense readers of residuals: difference of means, contrastive vectors, and a linear probe.
+"""Dense readers of residuals: contrastive vectors, and a linear probe.
 
 A fit takes texts and their labels and returns a reader, which scores other texts for every concept.
 Of those scores only the order of the texts, for one concept within one topic, means anything. numpy
@@ -60,11 +60,6 @@ def concept_means(
 ) -> Float[np.ndarray, "concepts d_model"]:
     """Mean of each concept's texts."""
     return np.stack([x[labels.concepts == c].mean(0) for c in range(labels.n_concepts)])
-
-
-def fit_difference(x: Residuals, labels: Labels) -> Reader:
-    """Difference of means: each concept's mean against its topics' means."""
-    return along(concept_means(scores.centred(x.astype(np.float64), labels.topics), labels))
 
 
 def fit_vectors(neutral: Float[np.ndarray, "neutral_texts d_model"], variance: float = 0.5) -> Fit:

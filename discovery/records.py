@@ -91,7 +91,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Difference:
-    """AUROC of the latent or the set minus that of a baseline on the hard set, paired by topic."""
+    """AUROC of the latent or the set minus that of a baseline on the hard set, paired by topic.
+
+    Intervals are over topics. `concept` is empty for the mean over concepts.
+    """
 
     concept: str
     ours: str

@@ -133,18 +133,6 @@ def within_group_auroc(
     return auroc_from_ranks(within_group_ranks(x, groups), labels, n_concepts)
 
 
-def percentiles(
-    scores: Float[np.ndarray, "texts columns"], groups: Int[np.ndarray, " texts"]
-) -> Float[np.ndarray, "texts columns"]:
-    """Percentile of each text among the other texts of its group: (below + ties / 2) / (n - 1)."""
-    result = np.empty(scores.shape)
-    for g in np.unique(groups):
-        inside = groups == g
-        ranks = stats.rankdata(scores[inside], axis=0)
-        result[inside] = (ranks - 1) / (inside.sum() - 1)
-    return result
-
-
 def aurocs_by_group(
     scores: Float[np.ndarray, "texts concepts"],
     labels: Int[np.ndarray, " texts"],

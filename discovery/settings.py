@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from discovery.concepts import Concept, load_concepts
 from discovery.corpora import CORPUS, Corpus, digest, load_corpus
+from saes.config import digest as config_digest
 from saes.errors import UserError
 
 
@@ -111,10 +112,10 @@ def open_texts(corpus: str, concepts: Sequence[str]) -> Texts:
     chosen = load_concepts(concepts or None)
     if len(chosen) < 3:
         raise UserError(f"concepts names {len(chosen)}; a concept is judged against others: name 3")
-    folder = CORPUS if corpus == "packaged" else Path(corpus)
+    folder = CORPUS if corpus == "packaged" else Path(corpus).expanduser()
     return Texts(chosen, load_corpus(folder, chosen), folder)
 
 
 def texts_fingerprint(texts: Texts) -> str:
-    """Identifies what `open_texts` gave."""
-    return f"{digest(texts.folder)}:{','.join(texts.names)}"
+    """Identifies what `open_texts` gave: the files, and all that is known of the concepts."""
+    return config_digest({"files": digest(texts.folder), "concepts": texts.concepts})

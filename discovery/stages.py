@@ -17,7 +17,13 @@ from discovery.align import align as align_rows
 from discovery.captured import Sets, pick
 from discovery.compare import Pick
 from discovery.compare import compare as compare_rows
-from discovery.contrast import contrastive_vectors, nearest, split_half
+from discovery.contrast import (
+    contrastive_vectors,
+    differences,
+    nearest,
+    project_out,
+    split_half,
+)
 from discovery.geometry import geometry_rows, human_norms, principal_components, vector_rows
 from discovery.records import (
     Alignment,
@@ -102,11 +108,16 @@ def align(
     names = texts.names
     sets = {name: pick(read.texts, name, names) for name in (*METHOD_SETS, "neutral", "mentions")}
     first, hard, mentions = (_labelled(read, sets[n]) for n in ("first", "hard", "mentions"))
-    arrays = load_file(run / "contrast" / "vectors.safetensors")
-    near = {site: nearest(arrays[f"vectors/{site}"]) for site in read.latents}
 
     def run_protocol(*labelled: LabelledSet) -> AlignResult:
+        near = {site: neighbours(site, labelled[0]) for site in read.latents}
         return align_rows(*labelled, near, names, texts.families, config.k, config.q)
+
+    def neighbours(site: str, own: LabelledSet) -> np.ndarray:
+        stories, neutral = (read.residuals[site][sets[n].rows] for n in ("first", "neutral"))
+        variance = contrast.neutral_variance
+        fitted = contrastive_vectors(stories, own.labels, len(names), neutral, variance)
+        return nearest(fitted.vectors)
 
     result = run_protocol(first, hard, mentions)
     rng = np.random.default_rng(seed)
@@ -160,7 +171,7 @@ def _methods(
     readers = (
         ("vector", probes.fit_vectors(neutral, neutral_variance), read.residuals[site]),
         ("probe", probes.fit_probe, read.residuals[site]),
-        ("embedding", probes.fit_difference, read.residuals[EMBEDDING]),
+        ("embedding", probes.fit_probe, read.residuals[EMBEDDING]),
         ("tfidf", baselines.fit_tfidf, words),
     )
     labels = {
@@ -176,34 +187,39 @@ def _methods(
     return ours, others
 
 
-def compare(out: Path, run: Path, subject: Subject) -> None:
-    """Feature directions against contrastive vectors."""
+def compare(
+    out: Path, run: Path, subject: Subject, texts: Texts, config: ContrastConfig, seed: int
+) -> None:
+    """Feature directions against contrastive vectors of the hard set.
+
+    Features were chosen on the first set, so vectors of the same stories would share its noise.
+    """
     alignments = records.read(run / "align" / "alignments.parquet", Alignment)
     members = records.read(run / "align" / "members.parquet", SetMember)
     site = alignments[0].site
-    ceilings = {
-        v.concept: v.ceiling
-        for v in records.read(run / "contrast" / "vectors.parquet", Vector)
-        if v.site == site
-    }
-    arrays = load_file(run / "contrast" / "vectors.safetensors")
+    read = captured.load(run / "capture")
+    hard = pick(read.texts, "hard", texts.names)
+    neutral = load_file(run / "contrast" / "vectors.safetensors")[f"neutral/{site}"]
+    stories, n = read.residuals[site][hard.rows], len(texts.names)
+    vectors = project_out(differences(stories, hard.labels, n), neutral)
+    reliability = split_half(
+        stories, hard.labels, hard.topics, n, neutral, halves=config.halves, seed=seed
+    )
     picks = [
         Pick(
             a.concept,
             a.latent,
             [(m.latent, m.weight) for m in members if m.concept == a.concept],
-            ceilings[a.concept],
+            float(ceiling),
         )
-        for a in alignments
+        for a, ceiling in zip(alignments, reliability.ceiling, strict=True)
     ]
-    rows = compare_rows(
-        site,
-        picks,
-        arrays[f"vectors/{site}"],
-        arrays[f"neutral/{site}"],
-        subject.dictionary(site).W_dec.detach().cpu().float().numpy(),
+    decoder = subject.dictionary(site).W_dec.detach().cpu().float().numpy()
+    records.write(
+        out / "comparisons.parquet",
+        Comparison,
+        compare_rows(site, picks, vectors, neutral, decoder),
     )
-    records.write(out / "comparisons.parquet", Comparison, rows)
 
 
 def causal(

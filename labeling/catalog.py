@@ -175,7 +175,7 @@ def _put_contexts(db: sqlite3.Connection, contexts: Iterable[Context]) -> None:
         tokens = json.dumps(c.tokens, ensure_ascii=False)
         text = (c.text_id, c.set, c.concept, c.topic, tokens)
         db.execute("INSERT OR IGNORE INTO text VALUES (?, ?, ?, ?, ?)", text)
-        shares = struct.pack(f"<{len(c.activations)}e", *(a / c.peak for a in c.activations))
+        shares = struct.pack(f"<{len(c.activations)}e", *(a / (c.peak or 1) for a in c.activations))
         row = (c.site, c.latent, c.rank, c.text_id, c.peak, shares)
         db.execute("INSERT INTO context VALUES (?, ?, ?, ?, ?, ?)", row)
 

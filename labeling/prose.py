@@ -127,8 +127,8 @@ def hard_sentences(summary: Summary) -> str:
     )
     if summary.standings:
         text += (
-            f" Difference by difference (in brackets: of {plural(summary.n, 'concept')}, those "
-            "whose interval over topics lies above 0 and below 0):"
+            f" Difference by difference, by intervals over topics (in brackets: of "
+            f"{plural(summary.n, 'concept')}, those whose own interval lies above 0 and below 0):"
         )
     clauses = []
     for ours in ("latent", "set"):
@@ -187,7 +187,7 @@ def first_sentences(summary: Summary) -> str:
         change = "falls" if drop > 0 else "rises"
         text += (
             f" TF-IDF {change} by {number(abs(drop), 3)} from the first set to the hard set, where "
-            "the words that gave concepts away are banned."
+            "other writers avoid the words that gave concepts away."
         )
     return text
 
@@ -222,8 +222,9 @@ def cosine_sentences(summary: Summary) -> str:
         return "No feature was compared with a contrastive vector."
     return (
         f"The feature's decoder row has a median cosine of {number(c.median)} with the concept's "
-        f"contrastive vector over {plural(c.n, 'concept')}; the reliability of the vectors would "
-        f"allow {number(c.ceiling)}. It lies above 97.5 % of all decoder rows (median limit "
+        f"contrastive vector of the hard set, which did not choose the feature, over "
+        f"{plural(c.n, 'concept')}; the reliability of the vectors would allow "
+        f"{number(c.ceiling)}. It lies above 97.5 % of all decoder rows (median limit "
         f"{number(c.null_high)}) for {c.above} of {c.n}, and it is the row nearest to the vector "
         f"for {c.nearest}. The direction of the whole set reaches {number(c.set_median)}."
     )
@@ -252,7 +253,7 @@ def causal_sentences(summary: Summary) -> str:
     if unconfirmed:
         text += (
             f" {unconfirmed} of these {plural(c.n, 'concept')} "
-            f"{'was' if unconfirmed == 1 else 'were'} not confirmed as a single latent; their best "
+            f"{'was' if unconfirmed == 1 else 'were'} not found as a single latent; the best "
             "candidate was clamped instead."
         )
     return text
@@ -338,8 +339,9 @@ def captions(
         ),
         "multiples": (
             f"{plural(tried, 'concept')}; 95 % intervals of the mean over prompts; for the random "
-            "controls their range. Every edit has the same norm at the same dose."
-            + (f" * not confirmed as a single latent ({starred})." if starred else "")
+            "controls their range. At one dose clamps write, and vectors add, the same norm; where "
+            "a latent already fires, its edit is smaller."
+            + (f" * not found as a single latent ({starred})." if starred else "")
         ),
     }
 

@@ -6,7 +6,7 @@ records give the same bytes.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -58,7 +58,7 @@ class CausalRow(NamedTuple):
 def report(
     path: Path,
     *,
-    facts: Mapping[str, Any],
+    facts: Mapping[str, str],
     concepts: Sequence[Concept],
     alignments: Sequence[Alignment],
     members: Sequence[SetMember],
@@ -76,9 +76,7 @@ def report(
 
     Args:
         path: the HTML file to write; its folder exists.
-        facts: what was run, label → value in the order to be shown; `model` is part of the title. A
-            value is a scalar, a sequence, a mapping, or a mapping of mappings (shown as a table,
-            e.g. SAE quality by site).
+        facts: what was run, in the order to be shown; `model` is part of the title.
         concepts: give slugs, families and norms; those without an alignment are left out.
         alignments: one a concept; at least one.
         members: latents of each concept's set.
@@ -145,34 +143,9 @@ def _environment() -> Environment:
         "num": prose.number,
         "prob": prose.probability,
         "interval": prose.interval,
-        "fact": _fact,
         "spark": lambda x: round(70 * (min(max(x, 0.3), 1.0) - 0.3) / 0.7, 1),
     }
-    environment.tests["table"] = _is_table
     return environment
-
-
-def _is_table(value: object) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and bool(value)
-        and all(isinstance(inner, Mapping) for inner in value.values())
-    )
-
-
-def _fact(value: object) -> str:
-    """A fact in words; floats with four significant digits, big integers with thin groups."""
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: prose.DASH}[value]
-    if isinstance(value, int):
-        return f"{value:,}" if abs(value) >= 10_000 else str(value)
-    if isinstance(value, float):
-        return f"{value:.4g}".replace("-", prose.MINUS)
-    if isinstance(value, Mapping):
-        return ", ".join(f"{_fact(v)} {k}" for k, v in value.items())
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(_fact(v) for v in value)
-    return str(value)
 
 
 def _figures(

@@ -26,7 +26,8 @@ from discovery.records import (
 from discovery.settings import Texts
 from labeling.catalog import FILE, Results, build
 from labeling.settings import LabelConfig
-from saes.subject import Subject, SubjectConfig, locate
+from saes.files import locate
+from saes.subject import Subject, SubjectConfig
 
 RECORDS: dict[str, tuple[str, type]] = {
     "alignments": ("align", Alignment),
@@ -71,17 +72,16 @@ def label(out: Path, run: Path, subject: Subject, texts: Texts, config: LabelCon
     density = {(site, j): float(fires[j] / len(stories)) for j in latents}
     dictionary = subject.dictionary(site)
     promoted = promoted_tokens(subject.lm, dictionary, latents, config.promoted)
-    # Latents were chosen on the first set: its stories would flatter them as evidence.
-    unseen = [i for i, row in enumerate(read.texts) if row.set != "first"]
-    everything = texts.corpus.texts()
-    shown = contexts(
-        subject.lm,
-        dictionary,
-        read.latents[site][unseen],
-        [everything[i] for i in unseen],
-        latents,
-        config.contexts,
-    )
+    # Evidence is on texts that did not choose the latent, and all of one kind: stories of the hard
+    # set; for a latent that a mere word explains, mentions.
+    words = {a.lexical_latent for a in alignments if a.verdict == "lexical only"}
+    words -= {a.latent for a in alignments}
+    everything, shown = texts.corpus.texts(), list[Context]()
+    for kind, some in (("hard", set(latents) - words), ("mentions", words)):
+        rows = pick(read.texts, kind, texts.names).rows
+        own = [everything[i] for i in rows]
+        pooled = read.latents[site][rows]
+        shown += contexts(subject.lm, dictionary, pooled, own, sorted(some), config.contexts)
     names = labels(density, alignments, members, promoted, shown, texts.concepts)
     records.write(out / "labels.parquet", Label, names)
     records.write(out / "promoted.parquet", PromotedToken, promoted)
@@ -95,13 +95,15 @@ def _results(run: Path, texts: Texts, config: SubjectConfig) -> Results:
 
 def _facts(run: Path, texts: Texts, config: SubjectConfig) -> dict[str, str]:
     """What was run, in words: model, SAEs with their quality on held-out text, texts."""
-    facts = {"model": config.model}
-    for name in config.saes:
-        facts[f"SAE {locate(name).name}"] = _quality(locate(name) / "quality.json")
+    local = locate(config.model).is_dir() and not config.model.startswith("packaged/")
+    facts = {"model": locate(config.model).resolve().name if local else config.model}
+    for i, name in enumerate(config.saes, start=1):
+        facts[f"SAE {i}"] = f"{locate(name).name}: {_quality(locate(name) / 'quality.json')}"
     sizes = {kind: len(rows) for kind, rows in texts.corpus._asdict().items()}
     facts["concepts"] = str(len(texts.concepts))
     facts["texts"] = ", ".join(f"{kind} {n:,}" for kind, n in sizes.items())
-    cut = sum(row.truncated for row in captured.load(run / "capture").texts)
+    rows = records.read(run / "capture" / "texts.parquet", captured.TextRow)
+    cut = sum(row.truncated for row in rows)
     facts["cut to the context"] = f"{cut} of {sum(sizes.values()):,} texts"
     tokens = int((run / "causal" / "tokens.json").read_text())
     facts["tokens run for the causal tests"] = f"{tokens:,}"
@@ -110,9 +112,10 @@ def _facts(run: Path, texts: Texts, config: SubjectConfig) -> dict[str, str]:
 
 def _quality(path: Path) -> str:
     """What scripts/train_demo_saes.py measured on held-out text and left with the SAE."""
-    if not path.is_file():
-        return "no quality figures came with it"
-    held_out = json.loads(path.read_text(encoding="utf-8"))["held_out"]
+    try:
+        held_out = json.loads(path.read_text(encoding="utf-8"))["held_out"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "no quality figures of ours came with it"
     return (
         f"L0 {held_out['l0']:.1f}, variance explained {held_out['variance_explained']:.3f}, "
         f"cross-entropy recovered {held_out['recovered_mean']:.3f} (against mean ablation), "

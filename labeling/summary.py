@@ -49,7 +49,10 @@ class Quartiles(NamedTuple):
 
 
 class Standing(NamedTuple):
-    """`ours` (latent or set) minus `baseline` on the hard set."""
+    """`ours` (latent or set) minus `baseline` on the hard set.
+
+    `mean` is over concepts, with an interval over topics: concepts share the topics.
+    """
 
     ours: str
     baseline: str
@@ -119,6 +122,11 @@ class Summary:
     def n(self) -> int:
         """How many concepts were tried."""
         return sum(self.counts.values())
+
+
+def finite_or_none(value: float) -> float | None:
+    """The value, or None where it is not finite."""
+    return value if math.isfinite(value) else None
 
 
 def finite(values: Iterable[float | None]) -> list[float]:
@@ -225,17 +233,21 @@ def _means(scores: Sequence[Score]) -> dict[tuple[str, str], Mean]:
 
 def _standings(differences: Sequence[Difference]) -> tuple[Standing, ...]:
     groups: dict[tuple[str, str], list[Difference]] = {}
+    overall = {(row.ours, row.baseline): row for row in differences if not row.concept}
     for row in differences:
-        groups.setdefault((row.ours, row.baseline), []).append(row)
+        if row.concept:
+            groups.setdefault((row.ours, row.baseline), []).append(row)
     order = {name: i for i, name in enumerate(METHODS)}
     rank = sorted(groups, key=lambda pair: [order.get(name, len(order)) for name in pair])
     standings = []
     for ours, baseline in rank:
-        rows = groups[ours, baseline]
-        mean = mean_interval(r.difference for r in rows)
-        if mean is not None:
+        rows, mean = groups[ours, baseline], overall.get((ours, baseline))
+        if mean is not None and math.isfinite(mean.difference):
             above, below = sum(r.low > 0 for r in rows), sum(r.high < 0 for r in rows)
-            standings.append(Standing(ours, baseline, mean, above, below))
+            over_topics = Mean(
+                mean.difference, *map(finite_or_none, (mean.low, mean.high)), len(rows)
+            )
+            standings.append(Standing(ours, baseline, over_topics, above, below))
     return tuple(standings)
 
 
@@ -251,7 +263,7 @@ def _correlations(geometry: Sequence[Geometry], site: str | None) -> tuple[Corre
 
 
 def headline(correlations: Sequence[Correlation], norm: str, component: int) -> Correlation | None:
-    """The correlation of a component with a norm, on the source with the most words."""
+    """The correlation of a component with a norm: Glasgow's where there is one."""
     fitting = [c for c in correlations if (c.here.norm, c.here.component) == (norm, component)]
     return max(fitting, key=lambda c: (c.here.source == "glasgow", c.here.n), default=None)
 

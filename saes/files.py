@@ -5,6 +5,20 @@ import hashlib
 import os
 from pathlib import Path
 
+PACKAGED = Path(__file__).resolve().parent / "data"
+
+
+def locate(name: str | Path) -> Path:
+    """The folder that a name means: `packaged/NAME` ships with the package, `~` is one's home.
+
+    >>> locate("packaged/demo_lm").parts[-3:]
+    ('saes', 'data', 'demo_lm')
+    """
+    text = str(name)
+    if text.startswith("packaged/"):
+        return PACKAGED / text.removeprefix("packaged/")
+    return Path(text).expanduser()
+
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` (UTF-8) so that a kill at any moment leaves the old file or the new one."""

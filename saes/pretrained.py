@@ -7,8 +7,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from saes.errors import UserError
+from saes.files import locate
 from saes.latents import SaeLens
-from saes.lm.model import is_packaged, packaged, parse_site
+from saes.lm.model import parse_site
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 NOT_RESIDUAL = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "temporal")
@@ -28,7 +29,7 @@ def load_sae(path: str | Path, *, d_model: int, device: str = "cpu") -> SaeLens:
         UserError: a missing or damaged folder, another width than the model's, no residual site
             in the metadata, or a kind of SAE that is not a sparse dictionary of one residual.
     """
-    folder = packaged(str(path)) if is_packaged(path) else Path(path).expanduser()
+    folder = locate(path)
     cfg = _config(folder, path)
     site = _site(cfg, path)
     if cfg["d_in"] != d_model:
@@ -68,7 +69,7 @@ def _config(folder: Path, path: str | Path) -> dict[str, Any]:
 
 def _site(cfg: dict[str, Any], path: str | Path) -> str:
     """The residual-stream site in the metadata (sae-lens 6) or at the top level (before)."""
-    name = cfg.get("metadata", {}).get("hook_name") or cfg.get("hook_name")
+    name = (cfg.get("metadata") or {}).get("hook_name") or cfg.get("hook_name")
     if name is None:
         raise UserError(f"SAE {path} does not say its site; set metadata.hook_name in {CONFIG}")
     return str(parse_site(str(name)))

@@ -27,6 +27,7 @@ from saes.files import write_text
 
 PROJECT = "emotion-atlas"
 CONFIG, MANIFEST, LOCK = "config.yaml", "manifest.json", ".lock"
+FREE = ("run", "track")  # fields that decide no result
 _PACKAGES = (
     "torch",
     "transformers",
@@ -115,8 +116,8 @@ def open_run(folder: Path, config: Dataclass) -> Run:
     """Make the run folder of `config`, or open the one that is there, and lock it.
 
     Raises:
-        UserError: the folder cannot be written, is no run folder, is that of another config, is
-            damaged, or is held by another process. Nothing is left behind in these cases.
+        UserError: the folder cannot be written, is held by another process, or is refused by
+            `check_run`. Nothing is left behind in these cases.
     """
     with contextlib.ExitStack() as undo, _readable_errors(folder):
         _check_kind(folder)
@@ -133,6 +134,20 @@ def open_run(folder: Path, config: Dataclass) -> Run:
         undo.pop_all()
         return Run(folder, lock)
     raise AssertionError("unreachable")
+
+
+def check_run(folder: Path, config: Dataclass) -> None:
+    """Look only: may the folder hold a run of `config`?
+
+    Where a run is kept and tracked decides no result, so the fields `run` and `track` may differ.
+
+    Raises:
+        UserError: the folder is no run folder, is that of another config, or is damaged.
+    """
+    with _readable_errors(folder):
+        _check_kind(folder)
+        if (folder / CONFIG).exists():
+            _check_same(folder, to_dict(config))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -205,6 +220,8 @@ def _check_same(folder: Path, wanted: Mapping[str, object]) -> None:
     if digest(stored) != read_manifest(folder).config:
         raise _damaged(path, "it was changed after the run began")
     for place, there, here in _differences(stored, wanted):
+        if place.split(".")[0] in FREE:
+            continue
         raise UserError(
             f"{folder} holds a run of another config: {place} is {there} there and {here} now; "
             "choose another --run folder or delete this one"

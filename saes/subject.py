@@ -4,19 +4,15 @@ Torch is imported when something is loaded, not before, so that a finished run i
 help is printed without it.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from saes.errors import UserError
+from saes.files import locate, tree_sha256
 
 if TYPE_CHECKING:
     from saes.latents import Dictionary
     from saes.lm.model import LM
-
-PACKAGED = Path(__file__).parent / "data"
 
 
 @dataclass(frozen=True)
@@ -79,26 +75,10 @@ def load_subject(config: SubjectConfig) -> Subject:
     return Subject(lm, dictionaries)
 
 
-def locate(name: str) -> Path:
-    """The folder that a name means: packaged/NAME ships with the package, others are as given."""
-    return PACKAGED / name.removeprefix("packaged/") if name.startswith("packaged/") else Path(name)
-
-
 def fingerprint(name: str) -> str:
-    """Identify a model or SAE without reading all of it: sha256 over names, sizes and file ends.
+    """Identify a model or SAE: the hash of its folder, or the hub name.
 
-    A folder is hashed over the sizes and the first and last MiB of its files; a hub name stands
-    for itself.
+    A hub name stands for itself: when the hub's files change, delete the capture stage.
     """
     folder = locate(name)
-    if not folder.is_dir():
-        return f"hub:{name}"
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        size = path.stat().st_size
-        digest.update(json.dumps([str(path.relative_to(folder)), size]).encode())
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            digest.update(file.read())
-    return digest.hexdigest()
+    return tree_sha256(folder) if folder.is_dir() else f"hub:{name}"

@@ -54,6 +54,10 @@ class TrainConfig:
     checkpoint_steps: int = 200
     """Steps between checkpoints."""
 
+    def __post_init__(self) -> None:
+        if not 0 < self.k <= self.d_sae:
+            raise UserError(f"k = {self.k} must lie between 1 and d_sae = {self.d_sae}")
+
 
 def train_saes(
     stream: ActivationStream, config: TrainConfig, out: Path, work: Path
@@ -67,9 +71,12 @@ def train_saes(
         The folder of each site's SAE.
 
     Raises:
-        UserError: `work` holds the checkpoint of another run, or an activation is not finite.
+        UserError: fewer tokens than a batch, `work` holds the checkpoint of another run, or an
+            activation is not finite.
     """
     steps = config.tokens // stream.config.batch
+    if steps == 0:
+        raise UserError(f"{config.tokens} tokens are fewer than a batch of {stream.config.batch}")
     work.mkdir(parents=True, exist_ok=True)
     trainers = {
         site: _trainer(stream, config, site, seed=config.seed + i, steps=steps)
@@ -93,9 +100,10 @@ def train_saes(
             outputs = {site: _step(trainers[site], batches[site]) for site in trainers}
             step += 1
             bar.update(stream.config.batch)
-            if step % REPORT_EVERY == 0 or step == steps:
+            save_now = step % config.checkpoint_steps == 0 or step == steps
+            if save_now or step % REPORT_EVERY == 0:
                 bar.set_postfix_str(_report(trainers, outputs, step))
-            if step % config.checkpoint_steps == 0 or step == steps:
+            if save_now:
                 _checkpoint(work / CHECKPOINT, identity, step, stream, trainers)
     folders = {site: out / site for site in trainers}
     for site, folder in folders.items():

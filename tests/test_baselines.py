@@ -15,7 +15,7 @@ from discovery.baselines import (
     score_rows,
     situation_aurocs,
 )
-from discovery.probes import Labels, fit_difference
+from discovery.probes import Labels, fit_probe
 
 CONCEPTS = ["glad", "sorry", "upset"]
 GIVEAWAYS = ["lantern ribbon", "puddle gravel", "thunder splinter"]
@@ -40,7 +40,7 @@ def corpus(seed: int, n_topics: int, giveaway: bool = True) -> tuple[np.ndarray,
 def test_tfidf_scores_are_products_with_differences_of_mean_vectors():
     first, labels = corpus(0, 6)
     hard, _ = corpus(1, 4)
-    vectorizer = TfidfVectorizer(sublinear_tf=True)
+    vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
     x = vectorizer.fit_transform(first).toarray()
     means = np.stack([x[labels.concepts == c].mean(0) for c in range(3)])
     expected = vectorizer.transform(hard).toarray() @ (means - means.mean(0)).T
@@ -76,7 +76,7 @@ def test_any_fit_can_be_measured():
     rng = np.random.default_rng(0)
     _, labels = corpus(0, 6)
     x = np.eye(3)[labels.concepts] + rng.normal(0, 0.01, (18, 3))
-    got = measure("embedding", fit_difference, (x, labels), (x, labels), (x, labels))
+    got = measure("embedding", fit_probe, (x, labels), (x, labels), (x, labels))
     assert got.first.shape == got.hard.shape == got.situations.shape == (3, 6)
     assert (got.first == 1).all()
 
@@ -112,7 +112,12 @@ def test_score_rows_give_mean_and_interval_of_each_set():
 
 def test_differences_are_paired_by_topic():
     ours, tfidf = results("set", 0), results("tfidf", 1)
-    for c, row in enumerate(difference_rows(ours, tfidf, CONCEPTS)):
+    whole, *rows = difference_rows(ours, tfidf, CONCEPTS)
+    means = (ours.hard - tfidf.hard).mean(0)
+    expected = stats.ttest_1samp(means, 0).confidence_interval()
+    assert (whole.concept, whole.difference) == ("", pytest.approx(means.mean()))
+    assert (whole.low, whole.high) == pytest.approx((expected.low, expected.high))
+    for c, row in enumerate(rows):
         test = stats.ttest_rel(ours.hard[c], tfidf.hard[c])
         expected = test.confidence_interval()
         assert (row.concept, row.ours, row.baseline) == (CONCEPTS[c], "set", "tfidf")

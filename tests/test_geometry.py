@@ -74,7 +74,14 @@ def test_no_correlation_without_four_varying_pairs():
 
 def test_rows_hold_every_component_and_norm(vectors):
     concepts = [
-        replace(concept, valence=v, arousal=None if i % 2 else v, dominance=None, valence_vader=-v)
+        replace(
+            concept,
+            valence=v,
+            arousal=None if i % 2 else v,
+            dominance=None,
+            valence_vader=-v,
+            glasgow_exact=i < 12,
+        )
         for i, (concept, v) in enumerate(
             zip(load_concepts()[:20], np.linspace(1, 9, 20).tolist(), strict=True)
         )
@@ -84,6 +91,9 @@ def test_rows_hold_every_component_and_norm(vectors):
         ("valence", "glasgow"),
         ("arousal", "glasgow"),
         ("dominance", "glasgow"),
+        ("valence", "glasgow, exact words"),
+        ("arousal", "glasgow, exact words"),
+        ("dominance", "glasgow, exact words"),
         ("valence", "vader"),
     ]
     components = principal_components(vectors, [norms[0].values, norms[1].values])
@@ -93,10 +103,14 @@ def test_rows_hold_every_component_and_norm(vectors):
         ("valence", "glasgow", 2, 20),
         ("arousal", "glasgow", 1, 10),
         ("arousal", "glasgow", 2, 10),
+        ("valence", "glasgow, exact words", 1, 12),
+        ("valence", "glasgow, exact words", 2, 12),
+        ("arousal", "glasgow, exact words", 1, 6),
+        ("arousal", "glasgow, exact words", 2, 6),
         ("valence", "vader", 1, 20),
         ("valence", "vader", 2, 20),
     ]
-    assert rows[0].r == pytest.approx(-rows[4].r)
+    assert rows[0].r == pytest.approx(-rows[8].r)
     assert rows[0].r > 0
     assert rows[3].r > 0
     assert [r.variance for r in rows[:2]] == components.shares.tolist()

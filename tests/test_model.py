@@ -10,8 +10,9 @@ import transformers
 from transformers import PreTrainedTokenizerFast
 
 from saes.errors import UserError
+from saes.files import locate
 from saes.lm.capture import capture
-from saes.lm.model import LM, Site, load_lm, packaged, parse_site
+from saes.lm.model import LM, Site, load_lm, parse_site
 from saes.lm.tokens import pad
 
 SMALL = {
@@ -100,7 +101,7 @@ def test_packaged_means_the_data_folder() -> None:
     import saes
 
     expected = Path(saes.__file__).parent / "data" / "demo_saes" / "blocks.3.hook_resid_post"
-    assert packaged("packaged/demo_saes/blocks.3.hook_resid_post") == expected
+    assert locate("packaged/demo_saes/blocks.3.hook_resid_post") == expected
     with pytest.raises(UserError, match="packaged/no_such_model"):
         load_lm("packaged/no_such_model")
 

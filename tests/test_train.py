@@ -178,6 +178,13 @@ def test_a_checkpoint_of_other_settings_or_damaged(trained: Path, tiny_lm: LM) -
     checkpoint.write_bytes(whole)
 
 
+def test_bad_sizes(tiny_lm: LM, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="k = 97"):
+        replace(CONFIG, k=97)
+    with pytest.raises(UserError, match="127 tokens"):
+        train_saes(stream(tiny_lm), replace(CONFIG, tokens=127), tmp_path, tmp_path / "work")
+
+
 def test_activations_that_are_not_finite(
     tiny_lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,10 +72,11 @@ def verdict_sentence(a: Alignment, k: int | None = None) -> str:
 
 def comparison_sentence(c: Comparison) -> str:
     """Where a feature's direction lies beside the concept's contrastive vector."""
-    outside = c.cosine > c.null_high
+    above, below = c.cosine > c.null_high, c.cosine < c.null_low
+    place = "above" if above else "below" if below else "within"
     return (
         f"The decoder row of latent {c.latent} has a cosine of {number(c.cosine)} with the "
-        f"contrastive vector, {'above' if outside else 'within'} the range of "
+        f"contrastive vector of the hard set, {place} the range of "
         f"{number(c.null_low)} to {number(c.null_high)} that holds 95 % of all decoder rows "
         f"(percentile {number(c.percentile, 1)}). The vector's reliability would allow up to "
         f"{number(c.ceiling)}."

@@ -1,5 +1,6 @@
 """Serve a run's pages on this machine until Ctrl-C."""
 
+import contextlib
 import errno
 import ipaddress
 import logging
@@ -49,7 +50,8 @@ def browse(
         if open_browser:
             threading.Timer(0.5, webbrowser.open, [address]).start()
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
-        server.run(sockets=[listener])
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run(sockets=[listener])
 
 
 def is_loopback(host: str) -> bool:

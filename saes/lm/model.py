@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from saes.errors import UserError
+from saes.files import locate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DATA = Path(__file__).resolve().parent.parent / "data"
 
 
 class Site(NamedTuple):
@@ -110,20 +110,6 @@ class LM:
             return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def packaged(name: str) -> Path:
-    """The folder of a packaged model or SAE.
-
-    >>> packaged("packaged/demo_lm").parts[-3:]
-    ('saes', 'data', 'demo_lm')
-    """
-    return DATA.joinpath(*Path(name).parts[1:])
-
-
-def is_packaged(name: str | Path) -> bool:
-    """Whether a name means something that ships with the package."""
-    return str(name).startswith("packaged/")
-
-
 def load_lm(
     name: str | Path | PreTrainedModel,
     *,
@@ -174,13 +160,13 @@ def load_lm(
 def _resolve(name: str | Path) -> tuple[str, str]:
     """(what transformers loads, the name to record)."""
     text = str(name)
-    folder = packaged(text) if is_packaged(name) else Path(text).expanduser()
+    folder = locate(name)
     if folder.is_dir():
         if not (folder / "config.json").exists():
             raise UserError(f"{text} holds no model: config.json is missing")
-        return str(folder), text if is_packaged(name) else folder.resolve().name
-    looks_local = isinstance(name, Path) or is_packaged(name) or text.count("/") > 1
-    if looks_local or text.startswith((".", "/", "~")):
+        return str(folder), text if text.startswith("packaged/") else folder.resolve().name
+    looks_local = isinstance(name, Path) or text.count("/") > 1
+    if looks_local or text.startswith((".", "/", "~", "packaged/")):
         raise UserError(f"no model folder {text}; give an existing folder or a hub name")
     return text, text
 
