@@ -329,7 +329,7 @@ def captions(
         "standings": (
             "Hard set, paired by topic: concepts for which the 95 % interval over topics of the "
             "difference lies above 0, holds 0, or lies below; at the right the mean difference "
-            "with its 95 % interval over concepts."
+            "with its 95 % interval over topics."
         ),
         "families": _family_caption(alignments),
         "cosines": cosine_sentences(summary),

@@ -55,19 +55,18 @@ def planted(concepts: list[Concept], *, shift: float = 0.0, causal: int = 24) ->
             for baseline in ("vector", "probe", "embedding", "tfidf"):
                 gap = hard[c, ours] - hard[c, baseline]
                 differences.append(Difference(c, ours, baseline, gap, gap - 0.07, gap + 0.07))
+    for ours in ("latent", "set"):
+        for baseline in ("vector", "probe", "embedding", "tfidf"):
+            gap = float(np.mean([hard[c, ours] - hard[c, baseline] for c in names]))
+            differences.append(Difference("", ours, baseline, gap, gap - 0.01, gap + 0.02))
     alignments = [_alignment(c, hard, i, names) for i, c in enumerate(concepts)]
     counts = [sum(a.verdict == v for a in alignments) for v in VERDICTS]
     order = sorted(alignments, key=lambda a: -a.auroc)[:causal]
     return {
         "facts": {
             "model": "demo_lm (8.6 M parameters)",
-            "SAEs": ["blocks.3.hook_resid_post", SITE],
-            "corpus": {"first-set stories": 2052, "hard-set stories": 2052, "mentions": 1368},
-            "config digest": "3f9c2a7be1",
-            "SAE quality": {
-                s: {"L0": 32.0, "variance explained": 0.7312, "CE recovered": 0.941, "dead": 112}
-                for s in ("blocks.3.hook_resid_post", SITE)
-            },
+            "SAE 1": "blocks.3.hook_resid_post: L0 32.0, variance explained 0.731",
+            "texts": "first 2,052, hard 2,052, mentions 1,368",
         },
         "concepts": concepts,
         "alignments": alignments,
@@ -382,8 +381,9 @@ def test_numbers_of_the_hard_set(world: dict[str, Any]) -> None:
         parts: dict[int, list[str]] = {1: [], 0: [], -1: []}
         for baseline in ("vector", "probe", "embedding", "tfidf"):
             rows = [d for d in world["differences"] if (d.ours, d.baseline) == (ours, baseline)]
-            mean, low, high = interval_of([d.difference for d in rows])
-            outcome = int(low > 0) - int(high < 0)
+            (whole,) = [d for d in rows if not d.concept]
+            rows = [d for d in rows if d.concept]
+            mean, outcome = whole.difference, int(whole.low > 0) - int(whole.high < 0)
             counts = [str(sum(d.low > 0 for d in rows)), str(sum(d.high < 0 for d in rows))]
             parts[outcome] += ([f"{abs(mean):.3f}"] if outcome else []) + counts
         expected += parts[1] + parts[0] + parts[-1]
@@ -472,16 +472,14 @@ def test_the_closing_table_agrees_with_the_page(world: dict[str, Any], page: str
 
 
 def test_whichever_wins_is_said_plainly(world: dict[str, Any]) -> None:
-    def plain(shift: float, spread: float) -> str:
+    def plain(gap: float) -> str:
         rows = [d for d in world["differences"] if (d.ours, d.baseline) == ("set", "tfidf")]
-        rows = [replace(d, difference=shift + spread * (-1) ** i) for i, d in enumerate(rows)]
+        rows = [replace(d, difference=gap, low=gap - 0.01, high=gap + 0.01) for d in rows]
         return paragraphs(summary_of({**world, "differences": rows}))[1].split("Plainly: ")[1]
 
-    assert plain(0.05, 0.1) == "the set of 16 latents carries more than word counts do."
-    assert (
-        plain(0.0, 0.1) == "the set of 16 latents does no better and no worse than counting words."
-    )
-    assert plain(-0.05, 0.1).endswith("better than the set of 16 latents does.")
+    assert plain(0.05) == "the set of 16 latents carries more than word counts do."
+    assert plain(0.0) == "the set of 16 latents does no better and no worse than counting words."
+    assert plain(-0.05).endswith("better than the set of 16 latents does.")
 
 
 def test_false_verdicts_under_shuffled_labels_are_owned_up_to(world: dict[str, Any]) -> None:
