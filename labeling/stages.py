@@ -1,6 +1,7 @@
 """The stages of labeling: each reads files of the run folder and writes its own."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,25 @@ def _facts(run: Path, texts: Texts, config: SubjectConfig) -> dict[str, str]:
     facts["texts"] = ", ".join(f"{kind} {n:,}" for kind, n in sizes.items())
     rows = records.read(run / "capture" / "texts.parquet", captured.TextRow)
     cut = sum(row.truncated for row in rows)
+    facts["pooled"] = _pooling(rows)
     facts["cut to the context"] = f"{cut} of {sum(sizes.values()):,} texts"
     tokens = int((run / "causal" / "tokens.json").read_text())
     facts["tokens run for the causal tests"] = f"{tokens:,}"
     return facts
+
+
+def _pooling(rows: Sequence[captured.TextRow]) -> str:
+    """The tokens over which each set's activations were averaged."""
+    from discovery.pooling import STORIES, first_position
+
+    counts: dict[str, list[int]] = {}
+    for row in rows:
+        counts.setdefault("stories" if row.set in STORIES else row.set, []).append(row.tokens)
+    starts = {name: first_position(own) for name, own in counts.items()}
+    return "; ".join(
+        f"{name}: {f'tokens from number {start + 1} on' if start else 'all content tokens'}"
+        for name, start in starts.items()
+    )
 
 
 def _quality(path: Path) -> str:

@@ -45,8 +45,8 @@ On {n:,} tokens of books that neither the model nor the SAEs were trained on:
 {table}
 `variance_explained` is over all tokens; `ce_clean` and `ce_sae` are nats a token without and with
 the reconstruction in place; `recovered_mean` and `recovered_zero` are the share of the gap to mean
-or zero ablation that is closed; `dead` latents never fired on these tokens and `dense` ones fired on
-more than a tenth. Licence: Apache-2.0.
+or zero ablation that is closed; `dead` latents never fired on these tokens and `dense` ones fired
+on more than a tenth. Licence: Apache-2.0.
 """
 
 
