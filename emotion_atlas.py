@@ -12,7 +12,7 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -142,11 +142,13 @@ def run(config: RunConfig) -> None:
     subject = cache(lambda: load_subject(config.subject))
     todo = stages(config, subject)
     keys = stage_keys(todo)
-    if not all(is_done(folder / stage.name, keys[stage.name]) for stage in todo):
+    done = all(is_done(folder / stage.name, keys[stage.name]) for stage in todo)
+    if not done:
         check_fit(subject(), config)
     # numpy's libraries are loaded by now: their threads, like torch's, decide the order of sums
     with open_run(folder, config) as opened, threadpool_limits(config.subject.threads):
-        _run(opened, config, todo)
+        track = replace(config.track, backend="none") if done else config.track
+        _run(opened, config, todo, track)
 
 
 def check_fit(subject: Subject, config: RunConfig) -> None:
@@ -169,11 +171,11 @@ def check_fit(subject: Subject, config: RunConfig) -> None:
         raise UserError(f"label.promoted is more than the {subject.lm.vocab_size} tokens there are")
 
 
-def _run(opened: Run, config: RunConfig, todo: Sequence[Stage]) -> None:
+def _run(opened: Run, config: RunConfig, todo: Sequence[Stage], track: TrackConfig) -> None:
     from labeling.stages import summary
 
     opened.record(inputs={k: v for stage in todo for k, v in stage.external.items()})
-    tracker = open_tracker(opened.folder, config.track, to_dict(config), opened.manifest().id)
+    tracker = open_tracker(opened.folder, track, to_dict(config), opened.manifest().id)
     exit_code = 1
     try:
         events = run_stages(opened, todo, _tell)
@@ -197,7 +199,8 @@ def _run(opened: Run, config: RunConfig, todo: Sequence[Stage]) -> None:
         "tracked": ", ".join(tracker.places),
     }
     for name, place in where.items():
-        sys.stdout.write(f"{name:<10} {place}\n")
+        if place:
+            sys.stdout.write(f"{name:<10} {place}\n")
 
 
 def _tell(event: Event) -> None:
