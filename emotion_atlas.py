@@ -34,7 +34,9 @@ def _check_packages() -> None:
 
 _check_packages()
 
-from threadpoolctl import threadpool_limits  # noqa: E402
+from threadpoolctl import (  # noqa: E402  # pyright: ignore[reportMissingTypeStubs]
+    threadpool_limits,
+)
 
 from discovery.settings import (  # noqa: E402
     AlignConfig,

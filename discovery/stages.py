@@ -109,9 +109,9 @@ def align(
     sets = {name: pick(read.texts, name, names) for name in (*METHOD_SETS, "neutral", "mentions")}
     first, hard, mentions = (_labelled(read, sets[n]) for n in ("first", "hard", "mentions"))
 
-    def run_protocol(*labelled: LabelledSet) -> AlignResult:
-        near = {site: neighbours(site, labelled[0]) for site in read.latents}
-        return align_rows(*labelled, near, names, texts.families, config.k, config.q)
+    def run_protocol(first: LabelledSet, hard: LabelledSet, mentions: LabelledSet) -> AlignResult:
+        near = {site: neighbours(site, first) for site in read.latents}
+        return align_rows(first, hard, mentions, near, names, texts.families, config.k, config.q)
 
     def neighbours(site: str, own: LabelledSet) -> np.ndarray:
         stories, neutral = (read.residuals[site][sets[n].rows] for n in ("first", "neutral"))

@@ -244,9 +244,8 @@ def _standings(differences: Sequence[Difference]) -> tuple[Standing, ...]:
         rows, mean = groups[ours, baseline], overall.get((ours, baseline))
         if mean is not None and math.isfinite(mean.difference):
             above, below = sum(r.low > 0 for r in rows), sum(r.high < 0 for r in rows)
-            over_topics = Mean(
-                mean.difference, *map(finite_or_none, (mean.low, mean.high)), len(rows)
-            )
+            low, high = finite_or_none(mean.low), finite_or_none(mean.high)
+            over_topics = Mean(mean.difference, low, high, len(rows))
             standings.append(Standing(ours, baseline, over_topics, above, below))
     return tuple(standings)
 

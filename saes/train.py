@@ -6,6 +6,7 @@ TopK and the auxiliary loss for dead latents: Gao et al. 2024, "Scaling and eval
 autoencoders" (arXiv 2406.04093), sections 2.3 and 2.4, appendix A.2.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from saes.activations import ActivationStream
 from saes.errors import UserError
+from saes.lm.model import LM
 
 if TYPE_CHECKING:
     from sae_lens import TopKTrainingSAE
@@ -203,12 +205,18 @@ def _report(trainers: dict[str, "SAETrainer[Any, Any]"], outputs: dict[str, Any]
     return " | ".join(parts)
 
 
+def _weights(lm: LM) -> str:
+    """Tells a model from another training of it: a hash of a few values of every parameter."""
+    values = [p.detach().flatten()[:16].float().tolist() for p in lm.model.parameters()]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
 def _identity(stream: ActivationStream, config: TrainConfig) -> str:
     """What a checkpoint must agree on with the run that reads it."""
     parts = {
-        "model": stream.lm.name,
+        "model": _weights(stream.lm),
         "sites": stream.sites,
-        "rows": stream.rows.shape,
+        "rows": [stream.rows.shape, stream.rows[0].tolist(), stream.rows[-1].tolist()],
         "stream": asdict(stream.config),
         "train": asdict(config),
     }

@@ -107,9 +107,16 @@ def train_tokenizer(texts: Iterator[str], vocab: int) -> Tokenizer:
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A",
         pair=f"{BOS} $A {BOS} $B",
-        special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
+        special_tokens=[(BOS, token_id(tokenizer, BOS))],
     )
     return tokenizer
+
+
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a token that must be there."""
+    found = tokenizer.token_to_id(token)
+    assert found is not None, token
+    return found
 
 
 def prepare(data: Path, work: Path, vocab: int, seed: int) -> None:
@@ -150,7 +157,7 @@ def prepare(data: Path, work: Path, vocab: int, seed: int) -> None:
 
 def encode(tokenizer: Tokenizer, texts: list[str], name: str) -> np.ndarray:
     """The texts as one stream of uint16 tokens, each closed by EOS."""
-    eos = tokenizer.token_to_id(EOS)
+    eos = token_id(tokenizer, EOS)
     parts: list[np.ndarray] = []
     for start in tqdm(range(0, len(texts), 512), desc=f"tokenize {name}", mininterval=5):
         batch = texts[start : start + 512]

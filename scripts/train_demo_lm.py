@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from demo_text import BOS, EOS, PAD, SOURCES, VALIDATION_BOOKS, prepare
+from demo_text import BOS, EOS, PAD, SOURCES, VALIDATION_BOOKS, prepare, token_id
 from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -101,9 +101,9 @@ def build(recipe: Recipe, tokenizer: Tokenizer) -> LlamaForCausalLM:
             tie_word_embeddings=True,
             initializer_range=0.02,
             rms_norm_eps=1e-5,
-            bos_token_id=tokenizer.token_to_id(BOS),
-            eos_token_id=tokenizer.token_to_id(EOS),
-            pad_token_id=tokenizer.token_to_id(PAD),
+            bos_token_id=token_id(tokenizer, BOS),
+            eos_token_id=token_id(tokenizer, EOS),
+            pad_token_id=token_id(tokenizer, PAD),
         )
     )
     for name, p in model.named_parameters():  # residual branches start at zero (muP-style)
@@ -178,7 +178,7 @@ def validate(
 def export(model: LlamaForCausalLM, tokenizer_file: Path, out: Path, recipe: Recipe) -> None:
     """A folder that plain `AutoModelForCausalLM.from_pretrained` loads: bf16 safetensors."""
     out.mkdir(parents=True, exist_ok=True)
-    half = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    half = LlamaForCausalLM(model.config).bfloat16()
     half.load_state_dict(model.state_dict())
     half.save_pretrained(out)
     PreTrainedTokenizerFast(
@@ -222,7 +222,7 @@ def train(recipe: Recipe, work: Path, device: torch.device, stop: int | None) ->
     The best checkpoint by validation loss is kept in `work/best` as a model folder.
     """
     tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
-    bos, width = tokenizer.token_to_id(BOS), recipe.context - 1
+    bos, width = token_id(tokenizer, BOS), recipe.context - 1
     tokens = np.load(work / "train.npy", mmap_mode="r")
     valid = np.load(work / "valid.npy", mmap_mode="r")
     model = build(recipe, tokenizer)
@@ -284,7 +284,7 @@ def finish(recipe: Recipe, work: Path, out: Path, device: torch.device, note: st
     model = LlamaForCausalLM.from_pretrained(work / "best", dtype=torch.float32).eval()
     torch.nn.Module.to(model, device)
     valid = np.load(work / "valid.npy", mmap_mode="r")
-    bos = tokenizer.token_to_id(BOS)
+    bos = token_id(tokenizer, BOS)
     nats = validate(model, valid, bos, recipe, device, blocks=None)
     prepared = json.loads((work / "prepared.json").read_text())
     bits = nats * prepared["valid_tokens"] / prepared["valid_bytes"] / math.log(2)

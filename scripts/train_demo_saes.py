@@ -82,7 +82,7 @@ def main() -> None:
     lm = replace(load_lm(args.lm, device=device), name="packaged/demo_lm")
     rows = rows_of(np.load(args.work / "train.npy", mmap_mode="r"), CONTEXT - 1)
     stream = ActivationStream(
-        lm, rows, SITES, StreamConfig(autocast=True), bos=lm.tokenizer.bos_token_id
+        lm, rows, SITES, StreamConfig(autocast=True), bos=lm.model.config.bos_token_id
     )
     config = TrainConfig(tokens=tokens, autocast=True)
     folders = train_saes(stream, config, args.out, args.work / "saes")

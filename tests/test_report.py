@@ -283,8 +283,8 @@ def test_every_concept_has_a_row_with_its_figures(world: dict[str, Any], page: s
 def test_facts_sites_controls_and_tables_are_shown(page: str) -> None:
     text = Reader(page).text
     for shown in (
-        "demo_lm (8.6 M parameters)", "2052 first-set stories, 2052 hard-set stories",
-        "3f9c2a7be1", "0.7312", "0.668", "0.801", "chosen", "shuffled within topic",
+        "demo_lm (8.6 M parameters)", "first 2,052, hard 2,052, mentions 1,368",
+        "variance explained 0.731", "0.668", "0.801", "chosen", "shuffled within topic",
     ):  # fmt: skip
         assert shown in text
     assert page.count("<figure") == 8

@@ -169,7 +169,7 @@ def test_the_page_of_a_concept(client: TestClient) -> None:
     assert text.index("best single latent") < text.index("dense probe") < text.index("TF-IDF")
     assert f'href="/feature/{SITE}/0"' in text
     assert "−0.25" in text  # the weight of the second member
-    assert "cosine of 0.40 with the contrastive vector, above the range" in text
+    assert "cosine of 0.40 with the contrastive vector of the hard set, above" in text
     assert text.count("contrastive vector, equal norm") == 1
     assert 'href="/concept/happy"' in text
     assert client.get("/concept/at-ease").status_code == 200  # nothing but a verdict
