@@ -22,6 +22,8 @@ from discovery import records
 from saes.errors import UserError
 from saes.files import write_text
 
+EMBEDDING = "blocks.0.hook_resid_pre"  # the site of the token embeddings
+
 
 @dataclass(frozen=True)
 class TextRow:

@@ -15,7 +15,7 @@ from scipy.sparse import csr_array, vstack
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from discovery.captured import Captured, TextRow
+from discovery.captured import EMBEDDING, Captured, TextRow
 from discovery.corpora import Text
 from saes.errors import UserError
 from saes.latents import Dictionary
@@ -23,7 +23,6 @@ from saes.lm.capture import capture
 from saes.lm.model import LM
 from saes.lm.tokens import batches, tokenize
 
-EMBEDDING = "blocks.0.hook_resid_pre"
 FROM_TOKEN = 50  # counted from 1
 IF_SHORTEST_HAS = 100
 STORIES = ("first", "hard")  # sets that share one rule

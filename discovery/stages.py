@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from discovery import baselines, captured, probes, records, selection
 from discovery.align import AlignResult, shuffled, tally
 from discovery.align import align as align_rows
-from discovery.captured import Sets, pick
+from discovery.captured import EMBEDDING, Sets, pick
 from discovery.compare import Pick
 from discovery.compare import compare as compare_rows
 from discovery.contrast import (
@@ -42,7 +42,6 @@ from discovery.settings import AlignConfig, CaptureConfig, CausalConfig, Contras
 from saes.files import write_text
 from saes.subject import Subject
 
-EMBEDDING = "blocks.0.hook_resid_pre"
 METHOD_SETS = ("first", "hard", "situations")
 
 

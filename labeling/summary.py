@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from discovery.captured import EMBEDDING
 from discovery.records import (
     VERDICTS,
     Alignment,
@@ -28,7 +29,6 @@ from discovery.scores import t_interval
 
 METHODS = ("latent", "set", "vector", "probe", "embedding", "tfidf")
 CONDITIONS = ("feature", "vector", "random")
-EMBEDDING_SITE = "blocks.0.hook_resid_pre"
 
 
 class Mean(NamedTuple):
@@ -251,9 +251,7 @@ def _standings(differences: Sequence[Difference]) -> tuple[Standing, ...]:
 
 
 def _correlations(geometry: Sequence[Geometry], site: str | None) -> tuple[Correlation, ...]:
-    there = {
-        (g.norm, g.source, g.component): g for g in geometry if g.site == EMBEDDING_SITE != site
-    }
+    there = {(g.norm, g.source, g.component): g for g in geometry if g.site == EMBEDDING != site}
     return tuple(
         Correlation(g, there.get((g.norm, g.source, g.component)))
         for g in geometry
