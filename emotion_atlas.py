@@ -133,8 +133,8 @@ def stages(config: RunConfig, subject: Callable[[], Subject]) -> list[Stage]:
 def run(config: RunConfig) -> None:
     """Run the stages that are not done yet, and print what was found and where to look.
 
-    Nothing is written before the model, the SAEs and the corpus have been found to fit; only the
-    size of the causal plan (causal.max_tokens) is known later, once concepts are chosen.
+    Nothing is written before the model, the SAEs, the corpus and the settings have been found to
+    fit.
 
     Raises:
         UserError: anything in the config or its files that the user can mend.
@@ -157,8 +157,11 @@ def check_fit(subject: Subject, config: RunConfig) -> None:
     """What can be seen to fail before anything is run.
 
     Raises:
-        UserError: the settings ask for more than the SAEs or the tokenizer have.
+        UserError: the settings ask for more than the SAEs, the tokenizer or the texts have, or for
+            more tokens than causal.max_tokens.
     """
+    from discovery.stages import check_causal
+
     for dictionary in subject.dictionaries:
         if config.align.k > dictionary.d_sae:
             raise UserError(
@@ -171,6 +174,8 @@ def check_fit(subject: Subject, config: RunConfig) -> None:
         )
     if config.label.promoted > subject.lm.vocab_size:
         raise UserError(f"label.promoted is more than the {subject.lm.vocab_size} tokens there are")
+    texts = open_texts(config.corpus, config.concepts)
+    check_causal(subject, texts, config.causal, config.seed)
 
 
 def _run(opened: Run, config: RunConfig, todo: Sequence[Stage], track: TrackConfig) -> None:

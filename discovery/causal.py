@@ -8,7 +8,7 @@ Three conditions at one norm of the edit, a fraction (dose) of the mean residual
   one run of a control reads the words of all concepts.
 Edits hold at every content position of the prompt and of the word, never at BOS. Equal norms are
 not equal disturbances, so the report also compares conditions at equal KL. Without such
-controls steering results did not replicate (METHODS: random directions moved as much as concepts).
+controls steering results did not replicate: in one study random directions moved as much.
 """
 
 import math
@@ -56,7 +56,7 @@ def neutral_prompts(
     texts: Sequence[Text],
     tokenizer: PreTrainedTokenizerBase,
     n: int,
-    length: int = 18,
+    length: int,
     seed: int = 0,
 ) -> list[str]:
     """Openings of `n` neutral texts, of different topics as far as there are topics.
@@ -163,7 +163,7 @@ def dose_response(
     """
     assert not {t.latent for t in targets} & set(controls), "a control is a target"
     tokens = planned_tokens(lm, targets, controls, prompts, doses)
-    _check_design(len(targets), doses, len(prompts), len(controls), tokens, max_tokens)
+    check_design(len(targets), doses, len(prompts), len(controls), tokens, max_tokens)
     ids, words = tokenize(lm, prompts).ids, _words(lm, targets)
     everything = [word for own in words for word in own]
     longest = max(map(len, ids)) + max(map(len, everything)) - 1
@@ -265,7 +265,7 @@ def _added(vector: Float[Tensor, " d_model"], norm: float) -> Intervention | Non
     return intervention if norm > 0 else None
 
 
-def _check_design(
+def check_design(
     n_targets: int,
     doses: Sequence[float],
     n_prompts: int,

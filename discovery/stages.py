@@ -39,6 +39,7 @@ from discovery.records import (
 )
 from discovery.selection import LabelledSet
 from discovery.settings import AlignConfig, CaptureConfig, CausalConfig, ContrastConfig, Texts
+from saes.errors import UserError
 from saes.files import write_text
 from saes.subject import Subject
 
@@ -274,6 +275,45 @@ def causal(
         )
     records.write(out / "effects.parquet", Effect, result.effects)
     write_text(out / "tokens.json", f"{result.tokens}\n")
+
+
+def check_causal(subject: Subject, texts: Texts, config: CausalConfig, seed: int) -> None:
+    """Refuse now what the causal stage would refuse after the stages before it.
+
+    Which concepts it will test is not known yet, so those whose words need most tokens stand in.
+
+    Raises:
+        UserError: too few neutral texts or latents, prompts that are too short or too long, or a
+            plan above max_tokens.
+    """
+    import torch
+
+    from discovery.causal import Target, check_design, neutral_prompts, planned_tokens
+
+    lm, n = subject.lm, len(texts.concepts)
+    for dictionary in subject.dictionaries:
+        if config.controls > dictionary.d_sae - n:
+            raise UserError(
+                f"causal.controls is {config.controls}, but beside the latents of {n} concepts the "
+                f"SAE at {dictionary.site} has {max(0, dictionary.d_sae - n)}; lower it"
+            )
+    prompts = neutral_prompts(
+        texts.corpus.neutral, lm.tokenizer, config.prompts, config.prompt_tokens, seed
+    )
+    controls, nothing = range(config.controls), torch.zeros(0)
+    costs = sorted(
+        planned_tokens(
+            lm,
+            [Target(c.name, "", 0, nothing, c.inflections[: config.words])],
+            controls,
+            prompts,
+            config.doses,
+        )
+        for c in texts.concepts
+    )[-config.concepts :]
+    check_design(
+        len(costs), config.doses, config.prompts, config.controls, sum(costs), config.max_tokens
+    )
 
 
 def best(alignments: Sequence[Alignment], n: int) -> list[Alignment]:

@@ -88,7 +88,7 @@ def verdict_sentences(summary: Summary) -> str:
         f"{'was' if c['found'] == 1 else 'were'} found: one latent, chosen on the first set, "
         f"recognises the concept in the hard set and tells it from its nearest neighbours. "
         f"{c['found as a set']} more needed a {of_set}; for {c['found for the family']} the "
-        f"latents recognise the family of near concepts but not the concept itself; "
+        f"latents recognise the concept but were not shown to tell it from its nearest ones; "
         f"{c['lexical only']} {'fires' if c['lexical only'] == 1 else 'fire'} on the word only. "
         f"{c['not found']} "
         f"{'was' if c['not found'] == 1 else 'were'} not found."

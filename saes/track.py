@@ -1,4 +1,4 @@
-"""Where a run's metrics go: a JSONL file always, Weights & Biases if asked for. wandb is only here.
+"""Where a run's metrics go: a JSONL file, Weights & Biases if asked for. wandb is only here.
 
 Tracking never stops a run: the first failure of wandb is warned about, once, and the JSONL goes on.
 """

@@ -1,6 +1,6 @@
 """Train the demo model's two SAEs in one pass over it, and judge them on held-out books.
 
-    python scripts/train_demo_saes.py --work /tmp/demo_lm --lm saes/data/demo_lm \
+    python scripts/train_demo_saes.py --work WORK --lm saes/data/demo_lm \
         --out saes/data/demo_saes
 
 `--work` is the folder that scripts/train_demo_lm.py left (its train.npy and valid.npy are read);

@@ -278,6 +278,6 @@ def test_prompts_are_openings_of_different_topics(tiny_tokenizer):
     assert drawn == neutral_prompts(marked, tiny_tokenizer, 6, length=40, seed=1)
     assert drawn != neutral_prompts(marked, tiny_tokenizer, 6, length=40, seed=2)
     with pytest.raises(UserError, match="13 neutral prompts are wanted, but there are 12"):
-        neutral_prompts(marked, tiny_tokenizer, 13)
+        neutral_prompts(marked, tiny_tokenizer, 13, length=40)
     with pytest.raises(UserError, match="ends within 1 tokens"):
         neutral_prompts(marked, tiny_tokenizer, 1, length=1)

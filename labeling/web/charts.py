@@ -72,17 +72,16 @@ class MethodRow(NamedTuple):
     scores: list[Score]
 
 
-SETS = ("first", "hard", "situations")
+SETS = ("first", "hard")  # a concept's three situations decide nothing alone
 METHODS = ("latent", "set", "vector", "probe", "embedding", "tfidf")
 
 
 def method_rows(scores: Sequence[Score]) -> list[MethodRow]:
-    """Scores grouped by method, ours first; known sets in their order."""
-    methods = sorted({s.method for s in scores}, key=lambda m: (_place(METHODS, m), m))
+    """Scores on the story sets by method, ours first; the first set before the hard one."""
+    shown = [s for s in scores if s.set in SETS]
+    methods = sorted({s.method for s in shown}, key=lambda m: (_place(METHODS, m), m))
     return [
-        MethodRow(
-            m, sorted((s for s in scores if s.method == m), key=lambda s: _place(SETS, s.set))
-        )
+        MethodRow(m, sorted((s for s in shown if s.method == m), key=lambda s: SETS.index(s.set)))
         for m in methods
     ]
 

@@ -88,14 +88,15 @@ def control_sentence(controls: list[Control]) -> str:
     shuffled = [c for c in controls if c.labels != "true"]
     if not shuffled:
         return ""
-    found, sets, families = (
+    found, sets, families, words = (
         sum(getattr(c, name) for c in shuffled) / len(shuffled)
-        for name in ("found", "found_as_a_set", "found_for_the_family")
+        for name in ("found", "found_as_a_set", "found_for_the_family", "lexical_only")
     )
     runs = "once" if len(shuffled) == 1 else f"{len(shuffled)} times (means)"
     return (
         f"Control: with the labels shuffled within each topic, run {runs}, the same procedure "
-        f"gives {found:g} found, {sets:g} found as a set and {families:g} found for the family."
+        f"gives {found:g} found, {sets:g} found as a set, {families:g} found for the family and "
+        f"{words:g} lexical only."
     )
 
 
