@@ -124,7 +124,11 @@ def prepare(data: Path, work: Path, vocab: int, seed: int) -> None:
 
     Documents are shuffled and joined by EOS. prepared.json, written last, counts what there is.
     """
-    if (work / "prepared.json").exists():
+    done, made_with = work / "prepared.json", {"vocab": vocab, "seed": seed}
+    if done.exists():
+        stored = json.loads(done.read_text())
+        if made_with != {key: stored.get(key, value) for key, value in made_with.items()}:
+            raise SystemExit(f"{work} was prepared with another vocab or seed; give another --work")
         return
     train: list[str] = []
     valid: list[str] = []
@@ -146,13 +150,14 @@ def prepare(data: Path, work: Path, vocab: int, seed: int) -> None:
         np.save(work / f"{name}.npy", stream)
         counts[f"{name}_tokens"] = len(stream)
     stats = {
+        **made_with,
         **counts,
         "train_characters": sum(by_source.values()),
         "train_documents": len(train),
         "valid_bytes": sum(len(tokenizer.normalizer.normalize_str(t).encode()) for t in valid),
         "characters_by_source": by_source,
     }
-    (work / "prepared.json").write_text(json.dumps(stats, indent=1) + "\n")
+    done.write_text(json.dumps(stats, indent=1) + "\n")
 
 
 def encode(tokenizer: Tokenizer, texts: list[str], name: str) -> np.ndarray:

@@ -300,8 +300,7 @@ def finish(recipe: Recipe, work: Path, out: Path, device: torch.device, note: st
         ),
         samples="\n\n".join(f"> {text}" for text in samples(model, tokenizer, device)),
         note=f"\n{note}\n" if note else "",
-        **asdict(recipe),
-        **prepared,
+        **{**prepared, **asdict(recipe)},
     )
     (out / "README.md").write_text(card, encoding="utf-8")
     sys.stdout.write(f"validation loss {nats:.4f} nats a token, {bits:.4f} bits a byte\n")
