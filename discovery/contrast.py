@@ -24,11 +24,6 @@ class ContrastResult(NamedTuple):
     neutral_variance: float
     """Share of the neutral variance that the removed axes explain."""
 
-    @property
-    def n_neutral_components(self) -> int:
-        """How many principal components of the neutral residuals were projected out."""
-        return len(self.neutral)
-
 
 class Reliability(NamedTuple):
     """How well half of the topics reproduces the vectors of the other half."""

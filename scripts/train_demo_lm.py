@@ -4,7 +4,7 @@
 
 A small Llama (8 layers, d_model 256, context 256, 8k byte-level BPE) on public-domain and openly
 licensed narrative and everyday text. Labels that some of the sources carry are never read. Whole
-books are held out for validation. On two CPU cores one epoch takes about 80 minutes; on a GPU raise
+books are held out for validation. On two CPU cores one epoch takes about 2 hours; on a GPU raise
 `--epochs`, and the checkpoint with the lowest validation loss is the one that is exported.
 
 Safe to interrupt: the same command goes on from the last checkpoint and ends with the same weights

@@ -5,7 +5,7 @@
 
 `--work` is the folder that scripts/train_demo_lm.py left (its train.npy and valid.npy are read);
 the checkpoint goes into `saes/` in it. TopK, k = 32, 4,096 latents, after blocks 3 and 5 of 8. On
-two CPU cores 4 M tokens take 10-15 minutes; on a GPU 50 M are the default.
+two CPU cores 4 M tokens took 18 minutes; on a GPU 50 M are the default.
 
 Safe to interrupt: the same command goes on from the last checkpoint and ends with the same bytes on
 the same machine with the same number of threads.
