@@ -39,6 +39,11 @@ def test_bos_is_added_if_the_tokenizer_has_one_and_did_not(
     assert tokenize(replace(tiny_lm, tokenizer=without), TEXTS).ids == [r[1:] for r in expected]
 
 
+def test_bos_is_not_doubled_in_a_text_that_is_written_with_it(tiny_lm: LM) -> None:
+    """As chat templates render it."""
+    assert tokenize(tiny_lm, ["<s>Rain"]).ids == tokenize(tiny_lm, ["Rain"]).ids
+
+
 def test_long_texts_are_cut_and_counted(tiny_lm: LM) -> None:
     ids, truncated = tokenize(tiny_lm, ["x " * 400, "short"])
     assert truncated == 1

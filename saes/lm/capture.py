@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from saes.lm import bridge
 from saes.lm.model import LM, Site
 from saes.lm.tokens import Batch
 
@@ -21,7 +23,7 @@ class _Done(Exception):
 def capture(
     lm: LM, batch: Batch, sites: Sequence[str]
 ) -> dict[str, Float[Tensor, "batch pos d_model"]]:
-    """The residual at each site, in the model's dtype; values at padding mean nothing.
+    """The residual at each site, in the model's dtype on `lm.device`; padding's means nothing.
 
     Runs inside `saes.lm.edit.edit` see the edited residual.
 
@@ -37,7 +39,7 @@ def capture(
         if wanted:
             with suppress(_Done):
                 forward(lm, batch)
-    return {name: read[name] for name in sites}
+    return {name: read[name].to(lm.device) for name in sites}
 
 
 @torch.no_grad()
@@ -50,9 +52,15 @@ def forward(lm: LM, batch: Batch) -> Any:
         "input_ids": batch.ids,
         "attention_mask": batch.attention.long(),
     }
-    if "position_ids" in inspect.signature(lm.model.forward).parameters:  # not with ALiBi
+    if _takes_positions(type(lm.model)):
         inputs["position_ids"] = (batch.attention.long().cumsum(-1) - 1).clamp(min=0)
     return lm.model(**inputs, use_cache=False)
+
+
+@cache
+def _takes_positions(model: type) -> bool:
+    """Whether position ids are among a model's inputs: not so with Bloom and MPT, all ALiBi."""
+    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def _depth(site: Site) -> tuple[int, bool]:
@@ -80,6 +88,8 @@ def hook(lm: LM, site: Site, fn: Callable[[Tensor], Tensor | None]) -> Removable
         A handle with `remove()`.
     """
     block = lm.blocks[site.layer]
+    if lm.bridge is not None:
+        return bridge.hook(block, site.kind, fn)
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:

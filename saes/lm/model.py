@@ -4,21 +4,33 @@ Sites are named as TransformerLens and sae-lens do: `blocks.{L}.hook_resid_pre` 
 reads, `blocks.{L}.hook_resid_post` what it leaves. `blocks.0.hook_resid_pre` is the embedding.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from saes.errors import UserError
-from saes.files import locate
+from saes.lm import bridge
+from saes.lm.loading import (
+    DeviceMap,
+    Placement,
+    load_model,
+    load_tokenizer,
+    place,
+    resolve,
+)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:
+    from saes.lm.bridge import TransformerBridge
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Site(NamedTuple):
@@ -40,7 +52,7 @@ def parse_site(name: str) -> Site:
     Raises:
         UserError: not the name of a residual-stream site.
     """
-    found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", name)
+    found = re.fullmatch(r"blocks\.(0|[1-9][0-9]*)\.hook_resid_(pre|post)", name)
     if found is None:
         raise UserError(
             f"{name!r} is not a residual-stream site; write blocks.L.hook_resid_post or "
@@ -49,7 +61,7 @@ def parse_site(name: str) -> Site:
     return Site(int(found[1]), cast('Literal["pre", "post"]', found[2]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LM:
     """A causal language model for reading: in eval mode, no gradients, never changed."""
 
@@ -63,10 +75,21 @@ class LM:
     """What the last block's residual passes through before the unembedding."""
     unembedding: nn.Module
     """From the normed residual to logits, softcap aside."""
+    bridge: "TransformerBridge | None" = None
+    """TransformerLens's bridge around `model`, where that is the backend."""
+
+    def __repr__(self) -> str:
+        kind = type(self.model).__name__
+        return f"LM({self.name!r}, {kind}, {self.n_layers} blocks of width {self.d_model})"
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        """Where tokens go in and residuals come out; other parts may lie on other devices."""
+        embedding = cast("Any", self.model.get_input_embeddings())
+        device = embedding.weight.device
+        if device.type == "meta":  # accelerate keeps the weight elsewhere until it is needed
+            device = torch.device(embedding._hf_hook.execution_device)
+        return device
 
     @property
     def d_model(self) -> int:
@@ -85,8 +108,11 @@ class LM:
 
     @property
     def context(self) -> int:
-        """Most positions the model takes."""
-        return self.model.config.get_text_config().max_position_embeddings
+        """Most positions the model takes; with ALiBi what its config or tokenizer says, if any."""
+        config = self.model.config.get_text_config()
+        names = ("max_position_embeddings", "max_seq_len", "seq_length")
+        sizes = (getattr(config, name, None) for name in names)
+        return int(next((n for n in sizes if n), self.tokenizer.model_max_length))
 
     def site(self, name: str) -> Site:
         """Parse a site's name and check that the model has it.
@@ -105,7 +131,7 @@ class LM:
     def unembed(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
         """Logits of a residual as if it left the last block: final norm, unembedding, softcap."""
         with torch.no_grad():
-            logits = self.unembedding(self.final_norm(x.to(self.model.dtype)))
+            logits = self.unembedding(self.final_norm(x.to(self.model.dtype))).to(x.device)
             cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
             return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -114,8 +140,12 @@ def load_lm(
     name: str | Path | PreTrainedModel,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    device: str = "cpu",
-    dtype: str = "float32",
+    device: str | None = None,
+    dtype: str | None = None,
+    device_map: DeviceMap | None = None,
+    quantize: str | None = None,
+    revision: str | None = None,
+    backend: str = "hf",
 ) -> LM:
     """A language model, ready to read.
 
@@ -123,95 +153,65 @@ def load_lm(
         name: a hub name (`EleutherAI/pythia-70m`), a folder in Hugging Face format,
             `packaged/demo_lm`, or a model object (then `tokenizer` must be given).
         tokenizer: used instead of the model's own.
-        device: a torch device.
-        dtype: float32, bfloat16 or float16.
+        device: a torch device; by default the CPU, or where the object is.
+        dtype: float32, bfloat16 or float16; by default float32, or what the object has.
+        device_map: instead of `device`, for a model larger than one device: `auto`, or a device
+            for each module; through accelerate.
+        quantize: 8bit or 4bit, through bitsandbytes.
+        revision: branch, tag or commit of a hub name.
+        backend: `hf` hooks the transformers model itself. `bridge` puts TransformerLens's
+            TransformerBridge around it, in place, and hooks that; the same residuals, slower,
+            with `LM.bridge` for what else TransformerLens offers.
 
     Raises:
-        UserError: unknown model, missing or damaged folder, no tokenizer, unknown dtype or
-            device, or an architecture whose blocks are not found.
+        UserError: unknown model, missing or damaged folder, no tokenizer or that of another
+            model, unknown dtype, device or backend, a package that an option needs and is not
+            there, an architecture whose blocks are not found, or which the bridge lacks.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-    model: Any
+    if backend not in ("hf", "bridge"):
+        raise UserError(f"unknown backend {backend!r}; choose hf or bridge")
+    placement = Placement(device, dtype, device_map, quantize)
     if isinstance(name, PreTrainedModel):
-        model = cast("Any", name).to(DTYPES[dtype])
-        label = Path(name.config.name_or_path or "").name or type(name).__name__
+        model, label = name, Path(name.config.name_or_path or "").name or type(name).__name__
         if tokenizer is None:
             raise UserError(f"the model object {label} comes without a tokenizer; pass tokenizer=")
+        if unused := device_map or quantize or revision:
+            raise UserError(f"{unused!r} is for a model that is loaded here, not for an object")
+        if bridge.is_wrapped(model):
+            raise UserError(f"{label} is inside a TransformerBridge already; load it anew")
     else:
-        source, label = _resolve(name)
-        tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(source, label)
-        model = _load_model(source, label, DTYPES[dtype])
-    try:
-        model = model.to(device).eval().requires_grad_(False)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"cannot use device {device!r}: {_line(error)}") from None
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        source, label = resolve(name)
+        if revision is not None and Path(source).is_dir():
+            raise UserError(f"{label} is a folder and has no revision {revision!r}; leave it out")
+        tokenizer = tokenizer or load_tokenizer(source, label, revision)
+        model = load_model(source, label, placement, revision)
+    model = place(model, placement, loaded=model is not name)
+    embeddings = cast("Any", model.get_input_embeddings()).weight.shape[0]
+    if len(tokenizer) > embeddings:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, more than the "
-            f"{model.get_input_embeddings().weight.shape[0]} embeddings of {label}; "
-            "give the model its own tokenizer"
+            f"the tokenizer has {len(tokenizer)} tokens, more than the {embeddings} embeddings of "
+            f"{label}; give the model its own tokenizer"
         )
-    lm = LM(model, tokenizer, label, *_anatomy(model, label))
+    wrapped = bridge.wrap(model, tokenizer, label) if backend == "bridge" else None
+    lm = LM(model, tokenizer, label, *_anatomy(model, label), wrapped)
     _check_unembed(lm)
     return lm
 
 
-def _resolve(name: str | Path) -> tuple[str, str]:
-    """(what transformers loads, the name to record)."""
-    text = str(name)
-    folder = locate(name)
-    if folder.is_dir():
-        if not (folder / "config.json").exists():
-            raise UserError(f"{text} holds no model: config.json is missing")
-        return str(folder), text if text.startswith("packaged/") else folder.resolve().name
-    looks_local = isinstance(name, Path) or text.count("/") > 1
-    if looks_local or text.startswith((".", "/", "~", "packaged/")):
-        raise UserError(f"no model folder {text}; give an existing folder or a hub name")
-    return text, text
+def weights_hash(lm: LM) -> str:
+    """Tells a model from another training, quantisation or dtype of it, hex.
 
-
-def _load_tokenizer(source: str, label: str) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        if not Path(source).is_dir():
-            raise UserError(_unreachable(label, error)) from None
-        raise UserError(f"model {label} has no usable tokenizer: {_line(error)}") from None
-    # transformers makes an empty tokenizer of the configured class where the files are missing
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise UserError(
-            f"model {label} comes without a tokenizer (tokenizer.json); save one beside it"
-        )
-    return tokenizer
-
-
-def _load_model(source: str, label: str, dtype: torch.dtype) -> PreTrainedModel:
-    try:
-        model, info = cast("Any", AutoModelForCausalLM).from_pretrained(
-            source, dtype=dtype, output_loading_info=True
-        )
-    except Exception as error:  # transformers raises many types; each means it cannot be loaded
-        if not Path(source).is_dir():
-            raise UserError(_unreachable(label, error)) from None
-        raise UserError(f"cannot load model {label}: {_line(error)}") from None
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(
-            f"the weights of {label} lack {missing[0]} (and {len(missing) - 1} more); "
-            "the folder is incomplete or of another architecture"
-        )
-    return model
-
-
-def _unreachable(label: str, error: Exception) -> str:
-    return (
-        f"no model {label}: it is neither a folder nor a hub name that could be fetched "
-        f"({_line(error)})"
-    )
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    Takes in the sum of every parameter's bits, which does not depend on devices or threads, and a
+    few of them where they lie. Weights that accelerate has offloaded count by shape alone.
+    """
+    total = hashlib.sha256()
+    for parameter in lm.model.parameters():
+        total.update(f"{parameter.dtype} {tuple(parameter.shape)}".encode())
+        if not parameter.is_meta:
+            bits = parameter.detach().flatten().view(_BITS[parameter.element_size()])
+            some = bits[:: max(1, len(bits) // 16)]
+            total.update(f"{bits.sum(dtype=torch.int64).item()} {some.tolist()}".encode())
+    return total.hexdigest()
 
 
 def _anatomy(model: PreTrainedModel, label: str) -> tuple[nn.ModuleList, nn.Module, nn.Module]:
@@ -257,6 +257,8 @@ def _check_unembed(lm: LM) -> None:
             logits = lm.model(input_ids=ids, use_cache=False).logits
     finally:
         handle.remove()
+    # Spread over devices, the last block may lie on another one than the model answers on.
+    logits = logits.to(left[0].device)
     if not torch.allclose(lm.unembed(left[0]), logits, rtol=1e-2, atol=1e-2):
         raise UserError(
             f"the logits of {lm.name} ({type(lm.model).__name__}) are not its final norm and "

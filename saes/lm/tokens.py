@@ -5,7 +5,7 @@ so they are never content.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -37,20 +37,18 @@ class Batch(NamedTuple):
 
 
 def tokenize(lm: LM, texts: Sequence[str]) -> Tokenized:
-    """Token ids of texts, opened by BOS if the tokenizer has one.
+    """Token ids of texts, opened by one BOS if the tokenizer has any.
 
     Raises:
         UserError: a text has no content token.
     """
     if not texts:
         return Tokenized([], 0)
-    bos = lm.tokenizer.bos_token_id
     special = set(lm.tokenizer.all_special_ids)
     ids: list[list[int]] = []
     truncated = 0
     for i, row in enumerate(lm.tokenizer(list(texts), verbose=False)["input_ids"]):
-        if bos is not None and row[:1] != [bos]:
-            row = [bos, *row]
+        row = with_bos(lm, row)
         if all(token in special for token in row[1:]):
             raise UserError(
                 f"text {i} ({texts[i][:40]!r}) is too short: no token is left once special "
@@ -59,6 +57,19 @@ def tokenize(lm: LM, texts: Sequence[str]) -> Tokenized:
         truncated += len(row) > lm.context
         ids.append(row[: lm.context])
     return Tokenized(ids, truncated)
+
+
+def with_bos(lm: LM, ids: list[int]) -> list[int]:
+    """Token ids with exactly one BOS in front, if the tokenizer has any.
+
+    It may have added none, or one to a text that was written with it.
+    """
+    bos = cast("int | None", lm.tokenizer.bos_token_id)
+    if bos is None:
+        return ids
+    while ids[:1] == [bos]:
+        ids = ids[1:]
+    return [bos, *ids]
 
 
 def batches(
