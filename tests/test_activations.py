@@ -1,21 +1,33 @@
-"""`saes.activations`: every content token once an epoch, and exact resume from anywhere.
+"""`saes.stream.activations`: each content token once an epoch, and exact resume from anywhere.
 
 At `blocks.0.hook_resid_pre` a residual is its token's embedding, so batches can be read as tokens.
 """
 
+import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from saes.activations import ActivationStream, StreamConfig, rows_of
 from saes.errors import UserError
 from saes.lm.capture import capture
-from saes.lm.model import LM
+from saes.lm.model import LM, load_lm
 from saes.lm.tokens import pad
+from saes.stream.activations import (
+    ActivationStream,
+    Runs,
+    ShuffledStream,
+    StreamConfig,
+    rows_of,
+)
+from saes.stream.rows import check_finite
+from saes.training.budget import Shape
 
 EMBED, POST = "blocks.0.hook_resid_pre", "blocks.1.hook_resid_post"
 CONFIG = StreamConfig(batch=16, chunk_rows=4, pass_rows=3, seed=5)
@@ -43,17 +55,57 @@ def read(lm: LM, batch: torch.Tensor) -> list[int]:
     return token.tolist()
 
 
-def test_an_epoch_has_each_content_token_once_but_for_what_fills_no_batch(tiny_lm: LM) -> None:
-    config = replace(CONFIG, batch=10, chunk_rows=10)
-    batches = stream(tiny_lm, config)
+@pytest.mark.parametrize("chunk_rows", [2, 3, 10, 50])
+@pytest.mark.parametrize("own_bos", [False, True])
+def test_every_epoch_has_each_content_token_once(
+    tiny_lm: LM, chunk_rows: int, own_bos: bool
+) -> None:
+    """Nothing is dropped, at the end of neither chunks nor epochs."""
+    config, rows = replace(CONFIG, batch=10, chunk_rows=chunk_rows), rows_of(tokens(), 11)
+    if own_bos:
+        rows = np.concatenate([np.ones((10, 1), np.uint16), rows], axis=1)
+    batches = ActivationStream(tiny_lm, rows, (EMBED,), config, bos=None if own_bos else 1)
     content = Counter(int(t) for t in tokens() if t != 2)
     n = content.total()
-    found = Counter(t for _ in range(n // 10) for t in read(tiny_lm, next(batches)[EMBED]))
-    assert found <= content
-    assert found.total() == n - n % 10
-    assert batches.epoch == 0
-    next(batches)
-    assert batches.epoch == 1
+    assert (batches.tokens_per_epoch, n % 10) == (n, 1)
+    assert batches.buffer_tokens % 10 == 0
+    assert batches.buffer_tokens <= min(n, chunk_rows * 11)
+    flat = [t for _ in range(n) for t in read(tiny_lm, next(batches)[EMBED])]
+    assert batches.epoch == 10
+    for epoch in range(10):
+        assert Counter(flat[epoch * n : (epoch + 1) * n]) == content
+
+
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(lambda x: sum(x) > 0),
+    first=st.integers(0, 200),
+    count=st.integers(1, 60),
+    seed=st.integers(0, 3),
+)
+def test_runs_are_a_part_of_the_endless_sequence(
+    lengths: list[int], first: int, count: int, seed: int
+) -> None:
+    """Reference: the whole sequence, token by token."""
+
+    class Blocks(ShuffledStream):
+        def _read(self, runs: Runs) -> Any:
+            raise NotImplementedError
+
+    found = Blocks(("a",), lengths=np.array(lengths), together=1, batch=1, seed=seed)
+    whole = [
+        (int(block), i)
+        for epoch in range((first + count) // sum(lengths) + 1)
+        for block in np.random.default_rng([seed, epoch]).permutation(len(lengths))
+        for i in range(lengths[block])
+    ]
+    runs = found._runs(first, count)
+    listed = [
+        (int(block), int(start) + i)
+        for part in runs
+        for block, start, length in zip(*part, strict=True)
+        for i in range(length)
+    ]
+    assert listed == whole[first : first + count]
 
 
 def test_batches_mix_rows(tiny_lm: LM) -> None:
@@ -61,7 +113,7 @@ def test_batches_mix_rows(tiny_lm: LM) -> None:
     first = read(tiny_lm, next(stream(tiny_lm))[EMBED])
     rows = {int(np.argwhere(whole == t)[0, 0]) for t in first}
     assert len(first) == 16
-    assert len(rows) == CONFIG.chunk_rows
+    assert len(rows) >= CONFIG.chunk_rows
 
 
 def test_the_seed_decides_the_order(tiny_lm: LM) -> None:
@@ -74,15 +126,11 @@ def test_the_seed_decides_the_order(tiny_lm: LM) -> None:
 
 
 def test_epochs_have_different_orders(tiny_lm: LM) -> None:
-    batches = stream(tiny_lm)
-    orders: dict[int, list[int]] = {0: [], 1: []}
-    while True:
-        batch = next(batches)
-        if batches.epoch == 2:
-            break
-        orders[batches.epoch] += read(tiny_lm, batch[EMBED])
-    assert len(orders[0]) == len(orders[1]) > 50
-    assert orders[0] != orders[1]
+    batches = stream(tiny_lm, replace(CONFIG, batch=101, chunk_rows=10))
+    assert batches.tokens_per_epoch == 101
+    first, second = (read(tiny_lm, next(batches)[EMBED]) for _ in range(2))
+    assert first != second
+    assert sorted(first) == sorted(second)
 
 
 def test_resuming_gives_the_same_bytes(tiny_lm: LM) -> None:
@@ -100,6 +148,103 @@ def test_resuming_gives_the_same_bytes(tiny_lm: LM) -> None:
             assert torch.equal(next(again)[EMBED], batches[i])
             assert torch.equal(next(again)[EMBED], batches[i + 1])
             assert again.state_dict() == states[i + 2]
+
+
+@settings(max_examples=8)
+@given(
+    skip=st.integers(0, 25),
+    elsewhere=st.integers(0, 25),
+    config=st.builds(
+        StreamConfig,
+        batch=st.integers(1, 16),
+        chunk_rows=st.integers(2, 12),
+        pass_rows=st.integers(1, 12),
+        seed=st.integers(0, 3),
+    ),
+)
+def test_resuming_anywhere_gives_the_same_bytes(
+    tiny_lm: LM, skip: int, elsewhere: int, config: StreamConfig
+) -> None:
+    whole, again = stream(tiny_lm, config), stream(tiny_lm, config)
+    for _ in range(skip):
+        next(whole)
+    for _ in range(elsewhere):
+        next(again)
+    again.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+    for _ in range(3):
+        assert torch.equal(next(again)[EMBED], next(whole)[EMBED])
+        assert again.state_dict() == whole.state_dict()
+
+
+def test_a_chunk_holds_a_batch_at_least(tiny_lm: LM) -> None:
+    """A chunk of one row would hold 10 tokens of a batch of 16."""
+    batches = stream(tiny_lm, replace(CONFIG, chunk_rows=1))
+    assert batches.buffer_tokens == 16
+    assert len(next(batches)[EMBED]) == 16
+
+
+def test_a_batch_is_the_callers_to_keep(tiny_lm: LM) -> None:
+    batches = stream(tiny_lm)
+    first = next(batches)[EMBED]
+    copy = first.clone()
+    for _ in range(10):
+        next(batches)[EMBED].zero_()
+    assert torch.equal(first, copy)
+    assert torch.equal(next(stream(tiny_lm))[EMBED], copy)
+
+
+def test_what_a_stream_says_of_itself(tiny_lm: LM, tiny_lm_folder: Path) -> None:
+    batches = ActivationStream(tiny_lm, rows_of(tokens(), 11), (EMBED,), CONFIG, bos=1, text="made")
+    assert batches.about == ("tiny_lm", 12, True, "made")
+    assert (batches.sites, batches.batch, batches.d_model) == ((EMBED,), 16, 32)
+    assert (batches.tokens_per_epoch, batches.buffer_tokens) == (101, 32)
+    assert isinstance(batches, Shape)
+    assert batches.device == torch.device("cpu")
+    identity = json.loads(json.dumps(batches.identity()))
+    assert identity == stream(tiny_lm).identity()  # where the text is from does not matter
+    other_rows = rows_of(tokens(), 11).copy()
+    other_rows[5, 5] += 1
+    other_lm = load_lm(tiny_lm_folder)
+    with torch.no_grad():
+        other_lm.model.get_input_embeddings().weight.mul_(1.01)
+    others = (
+        stream(tiny_lm, replace(CONFIG, seed=6)),
+        stream(tiny_lm, sites=(POST,)),
+        stream(other_lm),
+        ActivationStream(tiny_lm, other_rows, (EMBED,), CONFIG, bos=1),
+    )
+    assert all(other.identity() != identity for other in others)
+
+
+def test_a_residual_that_is_not_finite(tiny_lm_folder: Path) -> None:
+    """The site and the chunk are named, and the state is that before the chunk."""
+    lm = load_lm(tiny_lm_folder)
+    batches = stream(lm, sites=(EMBED, POST))
+    while batches.chunk != 1:
+        next(batches)
+    with torch.no_grad():
+        lm.model.model.layers[1].mlp.down_proj.weight[3, 3] = torch.inf
+    match = rf"{POST} is not finite \(epoch 0, chunk 2\)"
+    with pytest.raises(UserError, match=match):
+        read_on(batches)
+    assert batches.state_dict() == {"chunk": 2, "taken": 0}
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_value_that_is_not_finite_is_enough(bad: float, dtype: torch.dtype) -> None:
+    x = torch.full((50, 20), 3.4e38 if dtype == torch.float32 else 3e38, dtype=dtype)
+    check_finite({POST: x}, "here")  # though their sum is infinite
+    x[:, ::2] *= -1
+    check_finite({POST: x}, "here")
+    x[31, 7] = bad
+    with pytest.raises(UserError, match=rf"{POST} is not finite \(here\)"):
+        check_finite({EMBED: torch.zeros(3, 3), POST: x}, "here")
+
+
+def read_on(batches: Any) -> None:
+    for _ in range(20):
+        next(batches)
 
 
 def test_sites_of_a_batch_are_of_the_same_tokens_and_equal_capture(tiny_lm: LM) -> None:
@@ -142,7 +287,13 @@ def test_bad_input(tiny_lm: LM) -> None:
         ActivationStream(tiny_lm, rows, ("blocks.9.hook_resid_post",), CONFIG, bos=1)
     with pytest.raises(UserError, match=r"257 tokens exceed .* 256"):
         ActivationStream(tiny_lm, np.full((2, 256), 9), (EMBED,), CONFIG, bos=1)
-    with pytest.raises(UserError, match="token 300 is outside"):
-        next(ActivationStream(tiny_lm, np.full((2, 8), 300), (EMBED,), CONFIG, bos=1))
-    with pytest.raises(UserError, match="fewer than a batch"):
-        next(ActivationStream(tiny_lm, rows[:1], (EMBED,), CONFIG, bos=1))
+    late = np.full((2000, 11), 9)
+    late[1999, 10] = 300
+    with pytest.raises(UserError, match="token 300 is outside"):  # before anything is read
+        ActivationStream(tiny_lm, late, (EMBED,), CONFIG, bos=1)
+    with pytest.raises(UserError, match="at least one site"):
+        ActivationStream(tiny_lm, rows, (), CONFIG, bos=1)
+    with pytest.raises(UserError, match="pass_rows = 0 must be"):
+        StreamConfig(pass_rows=0)
+    with pytest.raises(UserError, match="10 content tokens are fewer than a batch of 16"):
+        ActivationStream(tiny_lm, rows[:1], (EMBED,), CONFIG, bos=1)

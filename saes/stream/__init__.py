@@ -1,0 +1,1 @@
+"""Shuffled, resumable residuals, from the live model or from shards."""
