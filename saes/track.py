@@ -1,8 +1,11 @@
 """Where a run's metrics go: a JSONL file, Weights & Biases if asked for. wandb is only here.
 
-Tracking never stops a run: the first failure of wandb is warned about, once, and the JSONL goes on.
+Tracking never stops a run: the first failure of wandb or of the file (a full disk) is warned about,
+once, and the run goes on without it.
 """
 
+import contextlib
+import errno
 import json
 import logging
 import math
@@ -10,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -62,6 +66,12 @@ class Tracker(Protocol):
         """Store a table."""
         ...
 
+    def histogram(
+        self, name: str, counts: Sequence[int], edges: Sequence[float], step: int | None = None
+    ) -> None:
+        """Add a histogram to a curve of them: `counts[i]` lie between `edges[i]` and the next."""
+        ...
+
     def artifact(self, path: Path, name: str, kind: str) -> None:
         """Store a file or folder that does not change any more; `kind` is its wandb type."""
         ...
@@ -81,6 +91,9 @@ class NullTracker:
     def table(
         self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Scalar]]
     ) -> None: ...
+    def histogram(
+        self, name: str, counts: Sequence[int], edges: Sequence[float], step: int | None = None
+    ) -> None: ...
     def artifact(self, path: Path, name: str, kind: str) -> None: ...
     def finish(self, exit_code: int = 0) -> None: ...
 
@@ -88,19 +101,24 @@ class NullTracker:
 class JsonlTracker:
     """One JSON object a line, appended: `time` (Unix seconds), `kind`, and what `kind` holds.
 
-    Each line is one write, so a kill can tear only the last one; it is dropped at the next start.
+    Each line is one write, so a kill can tear only the last one; it is dropped at the next start. A
+    line that cannot be written is the last that is tried, and its beginning is taken back.
     Numbers that JSON lacks are the strings `NaN`, `Infinity` and `-Infinity`, which `float` reads.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.places = (str(path),)
-        self._file = path.open("a+b", buffering=0)
-        self._file.truncate(_end_of_last_line(path))
+        self._file: FileIO | None = None
+        try:
+            self._file = path.open("a+b", buffering=0)
+            self._file.truncate(_end_of_last_line(path))
+        except OSError as error:
+            self._give_up(error)
 
     def log(self, metrics: Mapping[str, Number], step: int | None = None) -> None:
-        place = {} if step is None else {"step": step}
-        self._write("metrics", {**place, "metrics": {k: _number(v) for k, v in metrics.items()}})
+        points = {k: _number(v) for k, v in metrics.items()}
+        self._write("metrics", {**_place(step), "metrics": points})
 
     def summary(self, values: Mapping[str, Scalar]) -> None:
         self._write("summary", {"values": {k: _number(v) for k, v in values.items()}})
@@ -109,17 +127,46 @@ class JsonlTracker:
         cells = [[_number(cell) for cell in row] for row in rows]
         self._write("table", {"name": name, "columns": list(columns), "rows": cells})
 
+    def histogram(
+        self, name: str, counts: Sequence[int], edges: Sequence[float], step: int | None = None
+    ) -> None:
+        body = {"name": name, "counts": list(counts), "edges": list(edges)}
+        self._write("histogram", {**_place(step), **body})
+
     def artifact(self, path: Path, name: str, kind: str) -> None:
         where = os.path.relpath(path, self.path.parent)
         self._write("artifact", {"name": name, "type": kind, "path": where})
 
     def finish(self, exit_code: int = 0) -> None:
         self._write("finish", {"exit_code": exit_code})
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _write(self, kind: str, body: Mapping[str, object]) -> None:
+        if self._file is None:
+            return
         record = {"time": round(time.time(), 3), "kind": kind, **body}
-        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            written = self._file.write(line)
+            if written != len(line):
+                self._file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+        self._file, self.places = None, ()
+        reason = error.strerror or str(error)
+        log.warning("%s cannot be written: %s; the run goes on without it", self.path, reason)
+
+
+def _place(step: int | None) -> dict[str, object]:
+    return {} if step is None else {"step": step}
 
 
 def _number(value: Scalar) -> Scalar:
@@ -159,7 +206,13 @@ class WandbTracker:
         self.places = (str(run.settings.sync_dir if run.offline else run.url),)
 
     def log(self, metrics: Mapping[str, Number], step: int | None = None) -> None:
-        self._try("log", lambda run: run.log(dict(metrics), step=step))
+        self._try("log", lambda run: self._send(run, dict(metrics), step))
+
+    @staticmethod
+    def _send(run: Any, points: dict[str, Any], step: int | None) -> None:
+        """Log, but for steps that wandb has: a resumed run goes over some of them once more."""
+        if step is None or step >= run.step:
+            run.log(points, step=step)
 
     def summary(self, values: Mapping[str, Scalar]) -> None:
         self._try("summary", lambda run: run.summary.update(dict(values)))
@@ -172,6 +225,17 @@ class WandbTracker:
             run.log({name: wandb.Table(columns=list(columns), data=data, allow_mixed_types=True)})
 
         self._try("table", send)
+
+    def histogram(
+        self, name: str, counts: Sequence[int], edges: Sequence[float], step: int | None = None
+    ) -> None:
+        def send(run: Any) -> None:
+            import wandb
+
+            bins: Any = (list(counts), list(edges))
+            self._send(run, {name: wandb.Histogram(np_histogram=bins)}, step)
+
+        self._try("histogram", send)
 
     def artifact(self, path: Path, name: str, kind: str) -> None:
         def send(run: Any) -> None:
@@ -256,6 +320,12 @@ class Trackers:
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Scalar]]) -> None:
         for member in self.members:
             member.table(name, columns, rows)
+
+    def histogram(
+        self, name: str, counts: Sequence[int], edges: Sequence[float], step: int | None = None
+    ) -> None:
+        for member in self.members:
+            member.histogram(name, counts, edges, step)
 
     def artifact(self, path: Path, name: str, kind: str) -> None:
         for member in self.members:

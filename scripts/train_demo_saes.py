@@ -4,8 +4,8 @@
         --out saes/data/demo_saes
 
 `--work` is the folder that scripts/train_demo_lm.py left (its train.npy and valid.npy are read);
-the checkpoint goes into `saes/` in it. TopK, k = 32, 4,096 latents, after blocks 3 and 5 of 8. On
-two CPU cores 4 M tokens took 18 minutes; on a GPU 50 M are the default.
+the checkpoint goes into `saes/` in it. TopK, k = 32, 4,096 latents, after blocks 3 and 5 of 8. The
+default is 4 M tokens on a CPU and 50 M on a GPU.
 
 Safe to interrupt: the same command goes on from the last checkpoint and ends with the same bytes on
 the same machine with the same number of threads.
@@ -20,14 +20,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from saes.activations import ActivationStream, StreamConfig, rows_of
+from saes.files import write_text
 from saes.lm.model import LM, load_lm
 from saes.pretrained import load_sae
-from saes.quality import Quality, quality
-from saes.train import TrainConfig, train_saes
+from saes.quality import Quality, qualities
+from saes.stream.activations import ActivationStream, StreamConfig, rows_of
+from saes.training.architectures import SaeSpec, TrainConfig
+from saes.training.train import train_saes
 
 SITES = ("blocks.3.hook_resid_post", "blocks.5.hook_resid_post")
 CONTEXT = 256
+SPECS = tuple(SaeSpec(site, "topk", 4096, k=32, seed=i) for i, site in enumerate(SITES))
 COLUMNS = ("l0", "variance_explained", "ce_clean", "ce_sae", "recovered_mean", "recovered_zero",
            "dead", "dense")  # fmt: skip
 
@@ -37,7 +40,7 @@ CARD = """# SAEs of the demo model
 TopK SAEs of the residual stream of the demo language model, one a folder, in sae-lens's format:
 `SAE.load_from_disk(folder, dtype="float32")` loads one. {d_sae:,} latents, k = {k}, trained by
 `scripts/train_demo_saes.py` on {tokens:,} tokens of the model's own training text (Adam, peak rate
-{lr}, auxiliary loss for latents that are dead for {dead_tokens:,} tokens, seed {seed}). Weights in
+{lr}, auxiliary loss for latents that are dead for {dead_tokens:,} tokens). Weights in
 bf16; decoder rows have length 1, so a latent is in the units of the residual's norm.
 
 On {n:,} tokens of books that neither the model nor the SAEs were trained on:
@@ -85,19 +88,25 @@ def main() -> None:
         lm, rows, SITES, StreamConfig(autocast=True), bos=lm.model.config.bos_token_id
     )
     config = TrainConfig(tokens=tokens, autocast=True)
-    folders = train_saes(stream, config, args.out, args.work / "saes")
+    folders = train_saes(stream, SPECS, config, args.out, args.work / "saes")
 
     text = held_out(lm, np.load(args.work / "valid.npy", mmap_mode="r"), args.rows)
-    results = {}
-    for site, folder in folders.items():
-        results[site] = quality(lm, load_sae(folder, d_model=lm.d_model, device=device), text)
-        figures = {name: round(value, 5) for name, value in results[site]._asdict().items()}
-        record = {"held_out": figures, "train": asdict(config), "stream": asdict(stream.config)}
-        (folder / "quality.json").write_text(json.dumps(record, indent=1) + "\n")
+    saes = {s: load_sae(f, d_model=lm.d_model, device=device) for s, f in folders.items()}
+    results = qualities(lm, saes, text)
+    for spec in SPECS:
+        figures = {
+            name: None if value != value else round(value, 5)
+            for name, value in results[spec.site]._asdict().items()
+        }
+        record = {"held_out": figures, "sae": asdict(spec), "train": asdict(config)}
+        record |= {"stream": asdict(stream.config)}
+        written = json.dumps(record, indent=1, allow_nan=False) + "\n"
+        write_text(folders[spec.site] / "quality.json", written)
     card = CARD.format(
-        table=table(results), n=next(iter(results.values())).tokens, **asdict(config)
-    )
-    (args.out / "README.md").write_text(card, encoding="utf-8")
+        table=table(results), n=next(iter(results.values())).tokens, d_sae=SPECS[0].d_sae,
+        k=SPECS[0].k, **asdict(config)
+    )  # fmt: skip
+    write_text(args.out / "README.md", card)
     sys.stdout.write(table(results))
 
 

@@ -26,6 +26,7 @@ from saes.track import (
 def use(tracker: Tracker, folder: Path) -> None:
     """Every method once."""
     tracker.log({"loss": 1.5, "l0": 32}, step=7)
+    tracker.histogram("densities", [3, 0, 5], [-2.0, -1.0, 0.0, 1.0], step=8)
     tracker.log({"bad": math.nan, "worse": -math.inf})
     tracker.summary({"found": 12, "verdict": "ok", "none": None})
     tracker.table("verdicts", ["concept", "auroc"], [["joy", 0.9], ["awe", None]])
@@ -47,6 +48,13 @@ def test_jsonl_holds_one_strict_json_object_a_line(tmp_path: Path) -> None:
     use(JsonlTracker(tmp_path / "metrics.jsonl"), tmp_path)
     assert bodies(tmp_path / "metrics.jsonl") == [
         {"kind": "metrics", "step": 7, "metrics": {"loss": 1.5, "l0": 32}},
+        {
+            "kind": "histogram",
+            "step": 8,
+            "name": "densities",
+            "counts": [3, 0, 5],
+            "edges": [-2.0, -1.0, 0.0, 1.0],
+        },
         {"kind": "metrics", "metrics": {"bad": "NaN", "worse": "-Infinity"}},
         {"kind": "summary", "values": {"found": 12, "verdict": "ok", "none": None}},
         {
@@ -79,6 +87,37 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path, torn: bytes, whole: int) ->
     assert [line["kind"] for line in lines(path)] == ["old"] * whole + ["metrics", "finish"]
 
 
+@pytest.mark.parametrize("room", [0, 40, 150])
+def test_a_file_that_takes_no_more_is_given_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, room: int
+) -> None:
+    """The system refuses a line, or takes a part of it: a warning, whole lines, no error."""
+    import resource
+
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "old"}\n' * 100)
+    size, before = path.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    tracker = JsonlTracker(path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + room, before[1]))
+    try:
+        use(tracker, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (warning,) = caplog.records
+    assert "metrics.jsonl cannot be written: " in warning.getMessage()
+    assert tracker.places == ()
+    whole = 1 if room == 150 else 0  # the first line has about 80 bytes
+    assert [line["kind"] for line in lines(path)] == ["old"] * 100 + ["metrics"] * whole
+
+
+def test_a_place_without_a_file_is_no_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    use(open_tracker(tmp_path, TrackConfig(), {}, "0"), tmp_path)
+    assert len(caplog.records) == 1
+
+
 def test_backends(tmp_path: Path) -> None:
     def opened(backend: str) -> Tracker:
         return open_tracker(tmp_path, TrackConfig(backend=backend), {}, "0")
@@ -89,7 +128,7 @@ def test_backends(tmp_path: Path) -> None:
     jsonl = opened("jsonl")
     assert jsonl.places == (str(tmp_path / "metrics.jsonl"),)
     use(jsonl, tmp_path)
-    assert len(lines(tmp_path / "metrics.jsonl")) == 6
+    assert len(lines(tmp_path / "metrics.jsonl")) == 7
 
 
 def test_several_trackers_get_the_same(tmp_path: Path) -> None:
@@ -98,7 +137,7 @@ def test_several_trackers_get_the_same(tmp_path: Path) -> None:
     use(both, tmp_path)
     assert both.places == tuple(map(str, paths))
     assert bodies(paths[0]) == bodies(paths[1])
-    assert len(lines(paths[0])) == 6
+    assert len(lines(paths[0])) == 7
 
 
 class FakeWandb(SimpleNamespace):
@@ -108,6 +147,7 @@ class FakeWandb(SimpleNamespace):
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.broken = broken
         self.key = key
+        self.step = 0
         self.offline = False
         self.url = "https://wandb.example/run"
         self.summary = SimpleNamespace(update=lambda values: self._call("summary", values=values))
@@ -133,10 +173,15 @@ class FakeWandb(SimpleNamespace):
 
     def log(self, metrics: Any, step: Any = None) -> None:
         self._call("log", metrics=metrics, step=step)
+        self.step = self.step if step is None else step
 
     def Table(self, **kwargs: Any) -> str:
         self._call("Table", **kwargs)
         return "a table"
+
+    def Histogram(self, np_histogram: Any) -> str:
+        self._call("Histogram", np_histogram=np_histogram)
+        return "a histogram"
 
     def Artifact(self, name: str, kind: str) -> Any:
         return self._call("Artifact", name=name, kind=kind)
@@ -162,7 +207,7 @@ def test_wandb_gets_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     use(tracker, tmp_path)
     assert tracker.places == (str(tmp_path / "metrics.jsonl"), "https://wandb.example/run")
     assert [name for name, _ in fake.calls] == [
-        *("setup", "login", "init", "log", "log", "summary", "Table", "log"),
+        *("setup", "login", "init", "log", "Histogram", "log", "log", "summary", "Table", "log"),
         *("Artifact", "add_file", "log_artifact", "finish"),
     ]
     calls = dict(fake.calls)
@@ -173,11 +218,14 @@ def test_wandb_gets_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert init["dir"] == tmp_path
     assert calls["add_file"]["name"] == "catalog.db"
     assert fake.calls[3] == ("log", {"metrics": {"loss": 1.5, "l0": 32}, "step": 7})
+    assert calls["Histogram"] == {"np_histogram": ([3, 0, 5], [-2.0, -1.0, 0.0, 1.0])}
+    assert fake.calls[5] == ("log", {"metrics": {"densities": "a histogram"}, "step": 8})
     assert calls["login"] == {"prompt": False}
 
 
 @pytest.mark.parametrize(
-    "broken", ["setup", "login", "init", "log", "summary", "Table", "add_file", "finish"]
+    "broken",
+    ["setup", "login", "init", "log", "summary", "Table", "Histogram", "add_file", "finish"],
 )
 def test_a_failing_wandb_warns_once_and_the_file_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
@@ -189,7 +237,25 @@ def test_a_failing_wandb_warns_once_and_the_file_goes_on(
     assert warning.levelno == logging.WARNING
     assert f"{broken} is out of reach; tracking goes on without it" in warning.getMessage()
     assert fake.calls[-1][0] == broken  # it is left alone afterwards
-    assert len(lines(tmp_path / "metrics.jsonl")) == 6
+    assert len(lines(tmp_path / "metrics.jsonl")) == 7
+
+
+def test_steps_that_wandb_has_are_not_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    tracker = open_tracker(tmp_path, ONLINE, {}, "0")
+    for step in (1, 2, 1, 2, 3):
+        tracker.log({"loss": step}, step)
+        tracker.histogram("densities", [1], [0.0, 1.0], step)
+    tracker.finish()
+    sent = [(c["step"], *c["metrics"]) for name, c in fake.calls if name == "log"]
+    assert sent == [
+        (1, "loss"), (1, "densities"), (2, "loss"), (2, "densities"), (2, "loss"),
+        (2, "densities"), (3, "loss"), (3, "densities"),
+    ]  # fmt: skip
+    assert len(lines(tmp_path / "metrics.jsonl")) == 11
 
 
 def test_no_key_is_said_plainly(
@@ -240,12 +306,12 @@ def test_real_wandb_offline_writes_a_run_and_prints_nothing(
         out, err = process.communicate()
     assert err == ""
     assert process.returncode == 0
-    assert len(lines(tmp_path / "metrics.jsonl")) == 6
+    assert len(lines(tmp_path / "metrics.jsonl")) == 7
     folder = Path(out)
     assert folder.parent == tmp_path / "wandb"
     (data,) = folder.glob("run-*.wandb")
     content = data.read_bytes()
-    for text in (b"verdict", b"loss", b"catalog.db", b"l0"):
+    for text in (b"verdict", b"loss", b"catalog.db", b"l0", b"densities"):
         assert text in content
 
 
@@ -258,4 +324,4 @@ def test_real_wandb_without_a_key_asks_nothing(
     assert err.count("\n") == 1
     assert "there is no API key: run `wandb login`" in err
     assert out == str(tmp_path / "metrics.jsonl")
-    assert len(lines(tmp_path / "metrics.jsonl")) == 6
+    assert len(lines(tmp_path / "metrics.jsonl")) == 7
