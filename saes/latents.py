@@ -4,7 +4,7 @@ Everything downstream uses the small `Dictionary` Protocol; sae-lens's classes s
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,6 +32,23 @@ class Dictionary(Protocol):
     def decode(self, z: Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_in"]: ...
 
 
+class Origin(NamedTuple):
+    """Where an SAE was loaded from."""
+
+    source: str
+    """As it was named; of a local path the last part or the last two."""
+    format: str
+    """File format: sae-lens, sparsify, dictionary_learning, gemma-scope, llama-scope ..."""
+    release: str | None = None
+    """Release in sae-lens's registry."""
+    sae_id: str | None = None
+    """Its id in that release."""
+    neuronpedia: str | None = None
+    """Its id at Neuronpedia; `saes.registry.neuronpedia_link` makes the address."""
+    revision: str | None = None
+    """Commit of the hub repository."""
+
+
 @dataclass(frozen=True)
 class SaeLens:
     """A sae-lens inference SAE as a `Dictionary`.
@@ -43,6 +60,7 @@ class SaeLens:
     sae: Any
     """`sae_lens.SAE` in float32."""
     site: str
+    origin: Origin | None = None
 
     @property
     def d_in(self) -> int:

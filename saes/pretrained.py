@@ -1,85 +1,100 @@
-"""Load SAEs that were trained before, from folders in sae-lens's format."""
+"""Load SAEs of any format, wherever they lie, checked against the model they are to be used on."""
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-
+from saes.check import Check, Expect, require, self_check
 from saes.errors import UserError
-from saes.files import locate
-from saes.latents import SaeLens
-from saes.lm.model import parse_site
+from saes.formats.build import build, read
+from saes.formats.hooks import site_of
+from saes.formats.stored import Stored
+from saes.latents import Origin, SaeLens
+from saes.lm.model import LM
+from saes.registry import Listed
+from saes.sources import Source, resolve
 
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
-NOT_RESIDUAL = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "temporal")
+
+class Loaded(NamedTuple):
+    """An SAE that fits the model, and what its check found."""
+
+    dictionary: SaeLens
+    check: Check
 
 
-def load_sae(path: str | Path, *, d_model: int, device: str = "cpu") -> SaeLens:
-    """A sae-lens folder as a `Dictionary`, in float32 whatever it is stored in.
+def load_sae(source: str | Path, *, d_model: int, device: str = "cpu") -> SaeLens:
+    """An SAE as a `Dictionary`, in float32 whatever it is stored in, not tried on any model.
 
-    Decoder norms that the architecture multiplies into its latents (`rescale_acts_by_decoder_norm`)
-    are folded into the weights, which leaves latents and reconstructions as they are.
+    Norms of decoder rows that an architecture multiplies into its latents, and a constant factor on
+    inputs, are folded into the weights, which leaves latents and reconstructions as they are.
 
     Args:
-        path: folder with cfg.json and sae_weights.safetensors, or `packaged/demo_saes/SITE`.
+        source: `packaged/NAME`; a folder or file of sae-lens, sparsify, dictionary_learning, Gemma
+            Scope or Llama Scope; `RELEASE/ID` of sae-lens's registry; or a hub repository
+            (`OWNER/NAME/FOLDER`).
         d_model: width of the model's residual stream.
 
     Raises:
-        UserError: a missing or damaged folder, another width than the model's, no residual site
-            in the metadata, or a kind of SAE that is not a sparse dictionary of one residual.
+        UserError: nothing there, an unknown format, damaged files, another width than the model's,
+            a site that is not of the residual stream, or an SAE whose decoder is not one fixed
+            affine map of a single token's residual.
     """
-    folder = locate(path)
-    cfg = _config(folder, path)
-    site = _site(cfg, path)
-    if cfg["d_in"] != d_model:
+    return _load(resolve(source), d_model, device)[0]
+
+
+def load_checked(source: str | Path, lm: LM, *, trust: bool = False) -> Loaded:
+    """An SAE for this model, on its device, tried on real residuals at its site.
+
+    Args:
+        source: as for `load_sae`.
+        trust: take it even if it fails; `check` then says why.
+
+    Raises:
+        UserError: as `load_sae`; a site that the model does not have; or an SAE that does not
+            reconstruct the model's residuals, with the probable cause.
+    """
+    dictionary, expect = _load(resolve(source), lm.d_model, str(lm.device))
+    check = self_check(lm, dictionary, expect=expect)
+    require(check, trust)
+    return Loaded(dictionary, check)
+
+
+def _load(source: Source, d_model: int, device: str) -> tuple[SaeLens, Expect]:
+    """The SAE, and what its files or the registry promise of it."""
+    listed, label = source.listed, source.given
+    stored = read(
+        source.path,
+        source.where,
+        label,
+        device,
+        scale=listed.norm_scaling_factor if listed else None,
+        overrides=listed.overrides if listed else None,
+    )
+    site = site_of(stored.hook, label)
+    if stored.cfg["d_in"] != d_model:
         raise UserError(
-            f"SAE {path} reads width {cfg['d_in']} but the model's residual stream has {d_model}; "
-            "take an SAE that was trained on this model"
+            f"SAE {label} reads width {stored.cfg['d_in']} but the model's residual stream has "
+            f"{d_model}; take an SAE that was trained on this model"
         )
-    if cfg.get("architecture") in NOT_RESIDUAL:
-        raise UserError(
-            f"SAE {path} is a {cfg['architecture']}, which does not reconstruct a single "
-            "token's residual; take another architecture"
-        )
-    if (norm := cfg.get("normalize_activations", "none")) != "none":
-        raise UserError(
-            f"SAE {path} expects activations normalised by {norm!r}; fold the normalisation into "
-            "its weights and save it anew with normalize_activations 'none'"
-        )
-    sae = _load(folder, path, device)
-    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
-        sae.fold_W_dec_norm()
-    return SaeLens(sae.eval().requires_grad_(False), site)
+    metadata: dict[str, Any] = stored.cfg["metadata"]
+    metadata["hook_name"] = site  # what is saved again says where it belongs
+    if listed:
+        metadata.setdefault("model_name", listed.model)
+        metadata["neuronpedia_id"] = listed.neuronpedia or metadata.get("neuronpedia_id")
+    origin = Origin(
+        source.name,
+        stored.format,
+        release=listed.release if listed else None,
+        sae_id=listed.id if listed else None,
+        neuronpedia=metadata.get("neuronpedia_id"),
+        revision=source.revision,
+    )
+    return SaeLens(build(stored, label, device), site, origin), _expect(stored, listed)
 
 
-def _config(folder: Path, path: str | Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise UserError(f"no SAE folder {path}; give a folder that holds {CONFIG} and {WEIGHTS}")
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise UserError(f"SAE folder {path} lacks {name}; it is incomplete, fetch it again")
-    try:
-        cfg = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        assert isinstance(cfg["d_in"], int)
-    except (ValueError, KeyError, TypeError, AssertionError):
-        raise UserError(f"{CONFIG} of SAE {path} is damaged; fetch the folder again") from None
-    return cfg
-
-
-def _site(cfg: dict[str, Any], path: str | Path) -> str:
-    """The residual-stream site in the metadata (sae-lens 6) or at the top level (before)."""
-    name = (cfg.get("metadata") or {}).get("hook_name") or cfg.get("hook_name")
-    if name is None:
-        raise UserError(f"SAE {path} does not say its site; set metadata.hook_name in {CONFIG}")
-    return str(parse_site(str(name)))
-
-
-def _load(folder: Path, path: str | Path, device: str) -> Any:
-    from sae_lens import SAE
-
-    try:
-        return SAE.load_from_disk(folder, device=device, dtype="float32")
-    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"SAE {path} is damaged or of an unknown kind: {line}") from None
+def _expect(stored: Stored, listed: Listed | None) -> Expect:
+    """What the registry and the files promise; of variance the files, for they lie nearer."""
+    explained, l0 = stored.variance_explained, stored.l0
+    if listed:
+        explained = listed.variance_explained if explained is None else explained
+        l0 = listed.l0 or l0
+    return Expect(None if explained is None else float(explained), float(l0) if l0 else None)
