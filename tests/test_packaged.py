@@ -13,7 +13,7 @@ from saes.files import locate
 from saes.lm.model import LM, load_lm
 from saes.lm.tokens import tokenize
 from saes.pretrained import load_sae
-from saes.quality import quality
+from saes.quality import Quality, quality
 
 MIB = 2**20
 SAES = sorted(path.name for path in locate("packaged/demo_saes").iterdir() if path.is_dir())
@@ -59,6 +59,7 @@ def test_an_sae_loads_in_plain_sae_lens_and_reconstructs(
     assert plain.cfg.metadata.hook_name == site
     measured = quality(lm, load_sae(folder, d_model=lm.d_model), rows)
     card = json.loads((folder / "quality.json").read_text())["held_out"]
+    assert set(card) == set(Quality._fields)
     assert measured.l0 == pytest.approx(32, abs=0.01)
     assert measured.variance_explained == pytest.approx(card["variance_explained"], abs=0.05)
     assert measured.recovered_mean > 0.9
