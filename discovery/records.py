@@ -118,6 +118,19 @@ class Control:
 
 
 @dataclass(frozen=True)
+class Sae:
+    """An SAE of the run: where it is from, and how it did on the model when it was loaded."""
+
+    site: str
+    latents: int
+    source: str  # as given in the config; no path of a machine
+    format: str
+    neuronpedia: str | None  # its id there: MODEL/SAE
+    variance_explained: float  # of the residuals of the check texts
+    l0: float
+
+
+@dataclass(frozen=True)
 class SiteChoice:
     """Mean cross-fitted AUROC on the first set at a site; the best set figure chooses the site."""
 

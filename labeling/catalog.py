@@ -31,6 +31,7 @@ from discovery.records import (
     Geometry,
     Label,
     PromotedToken,
+    Sae,
     Score,
     SetMember,
     SiteChoice,
@@ -39,7 +40,7 @@ from discovery.records import (
 from saes.errors import UserError
 
 APPLICATION = 0x454D4154  # "EMAT", in the file's header
-VERSION = 1  # of the tables below
+VERSION = 2  # of the tables below
 FILE = "catalog/catalog.sqlite"  # inside a run folder
 
 Record = TypeVar("Record")
@@ -64,6 +65,7 @@ class Results:
     labels: Sequence[Label] = ()
     promoted: Sequence[PromotedToken] = ()
     contexts: Sequence[Context] = ()
+    saes: Sequence[Sae] = ()
 
 
 class ConceptRow(NamedTuple):
@@ -99,6 +101,7 @@ class FeaturePage(NamedTuple):
     words: list[ConceptRow]  # on whose bare word it fires, confirmed
     comparisons: list[Comparison]
     effects: list[Effect]  # of every condition, for the concepts it was clamped for
+    sae: Sae | None
 
 
 class Hit(NamedTuple):
@@ -245,6 +248,7 @@ def _records(results: Results) -> list[tuple[type, Sequence[Any]]]:
         (Effect, results.effects),
         (Label, results.labels),
         (PromotedToken, results.promoted),
+        (Sae, results.saes),
     ]
 
 
@@ -425,6 +429,7 @@ class Catalog:
                 site,
                 latent,
             ),
+            sae=next(iter(self._rows(Sae, "site = ?", site)), None),
         )
 
     def _contexts(self, site: str, latent: int) -> list[Context]:

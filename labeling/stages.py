@@ -19,6 +19,7 @@ from discovery.records import (
     Geometry,
     Label,
     PromotedToken,
+    Sae,
     Score,
     SetMember,
     SiteChoice,
@@ -27,7 +28,9 @@ from discovery.records import (
 from discovery.settings import Texts
 from labeling.catalog import FILE, Results, build
 from labeling.settings import LabelConfig
+from saes.errors import UserError
 from saes.files import locate
+from saes.sources import resolve
 from saes.subject import Subject, SubjectConfig
 
 RECORDS: dict[str, tuple[str, type]] = {
@@ -44,6 +47,7 @@ RECORDS: dict[str, tuple[str, type]] = {
     "labels": ("label", Label),
     "promoted": ("label", PromotedToken),
     "contexts": ("label", Context),
+    "saes": ("label", Sae),
 }
 """Kind of result: the stage that writes it, and its record type."""
 
@@ -87,6 +91,23 @@ def label(out: Path, run: Path, subject: Subject, texts: Texts, config: LabelCon
     records.write(out / "labels.parquet", Label, names)
     records.write(out / "promoted.parquet", PromotedToken, promoted)
     records.write(out / "contexts.parquet", Context, shown)
+    records.write(out / "saes.parquet", Sae, _saes(subject))
+
+
+def _saes(subject: Subject) -> list[Sae]:
+    """Where each SAE is from, and how it did on the model when it was loaded."""
+    return [
+        Sae(
+            site=dictionary.site,
+            latents=dictionary.d_sae,
+            source=dictionary.origin.source if dictionary.origin else check.source,
+            format=dictionary.origin.format if dictionary.origin else "",
+            neuronpedia=dictionary.origin.neuronpedia if dictionary.origin else None,
+            variance_explained=check.variance_explained,
+            l0=check.l0,
+        )
+        for dictionary, check in zip(subject.dictionaries, subject.checks, strict=True)
+    ]
 
 
 def _results(run: Path, texts: Texts, config: SubjectConfig) -> Results:
@@ -98,8 +119,8 @@ def _facts(run: Path, texts: Texts, config: SubjectConfig) -> dict[str, str]:
     """What was run, in words: model, SAEs with their quality on held-out text, texts."""
     local = locate(config.model).is_dir() and not config.model.startswith("packaged/")
     facts = {"model": locate(config.model).resolve().name if local else config.model}
-    for i, name in enumerate(config.saes, start=1):
-        facts[f"SAE {i}"] = f"{locate(name).name}: {_quality(locate(name) / 'quality.json')}"
+    for i, (name, sae) in enumerate(zip(config.saes, read_kind(run, "saes"), strict=True), start=1):
+        facts[f"SAE {i}"] = f"{sae.source}: {_quality(name, sae)}"
     sizes = {kind: len(rows) for kind, rows in texts.corpus._asdict().items()}
     facts["concepts"] = str(len(texts.concepts))
     facts["texts"] = ", ".join(f"{kind} {n:,}" for kind, n in sizes.items())
@@ -126,17 +147,19 @@ def _pooling(rows: Sequence[captured.TextRow]) -> str:
     )
 
 
-def _quality(path: Path) -> str:
-    """What scripts/train_demo_saes.py measured on held-out text and left with the SAE."""
+def _quality(name: str, sae: Sae) -> str:
+    """What was measured on held-out text when it was trained here, or else on the check texts."""
     try:
-        held_out = json.loads(path.read_text(encoding="utf-8"))["held_out"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return "no quality figures of ours came with it"
-    return (
-        f"L0 {held_out['l0']:.1f}, variance explained {held_out['variance_explained']:.3f}, "
-        f"cross-entropy recovered {held_out['recovered_mean']:.3f} (against mean ablation), "
-        f"dead latents {held_out['dead']:.1%}, on {held_out['tokens']:,} held-out tokens"
-    )
+        found = resolve(name).path
+        folder = found if found.is_dir() else found.parent
+        held_out = json.loads((folder / "quality.json").read_text(encoding="utf-8"))["held_out"]
+        return (
+            f"L0 {held_out['l0']:.1f}, variance explained {held_out['variance_explained']:.3f}, "
+            f"cross-entropy recovered {held_out['recovered_mean']:.3f} (against mean ablation), "
+            f"dead latents {held_out['dead']:.1%}, on {held_out['tokens']:,} held-out tokens"
+        )
+    except (UserError, OSError, ValueError, KeyError, TypeError):  # none, or not all figures
+        return f"L0 {sae.l0:.1f}, variance explained {sae.variance_explained:.3f}, on check texts"
 
 
 def catalog(out: Path, run: Path, texts: Texts, config: SubjectConfig) -> None:
@@ -149,9 +172,8 @@ def report(out: Path, run: Path, texts: Texts, config: SubjectConfig) -> None:
     from labeling.report import report as write_report
 
     results = _results(run, texts, config)
-    rows = {
-        kind: getattr(results, kind) for kind in RECORDS if kind not in ("promoted", "contexts")
-    }
+    unused = ("promoted", "contexts", "saes")
+    rows = {kind: getattr(results, kind) for kind in RECORDS if kind not in unused}
     rows["sites"] = rows.pop("site_choices")
     write_report(out / "report.html", facts=results.facts, concepts=results.concepts, **rows)
 

@@ -19,6 +19,7 @@ from discovery.records import (
     Effect,
     Label,
     PromotedToken,
+    Sae,
     Score,
     SetMember,
     Vector,
@@ -91,6 +92,7 @@ def results() -> Results:
             ),
             Context(SITE, 7, 1, "t1", "hard", "sad", "sea", 9e5, tokens, (9e5, 0.0, 0.0, 0.0, 0.0)),
         ],
+        saes=[row(Sae, site=SITE, latents=128, source="packaged/sae", neuronpedia=None)],
     )
 
 

@@ -27,6 +27,7 @@ from discovery.records import (
     Effect,
     Label,
     PromotedToken,
+    Sae,
     Score,
     SetMember,
     Vector,
@@ -120,6 +121,7 @@ def results() -> Results:
         contexts=[
             Context(SITE, 0, 1, "t", "hard", "sad", "sea", 2.0, tokens, (0.0, 0.5, 2.0, 0.0))
         ],
+        saes=[row(Sae, site=SITE, latents=4096, source="a/b", neuronpedia="gpt2-small/1-res-jb")],
     )
 
 
@@ -186,7 +188,18 @@ def test_the_page_of_a_feature(client: TestClient) -> None:
     assert '<span>Once</span><span class="h3" data-a="0.50"> she</span>' in text
     assert '<span class="h10 top" data-a="2.00"> wept</span><span>.</span>' in text
     assert "random features, equal norm" in text
+    assert "Latent 0 of the 4,096 of <code>a/b</code>" in text
+    assert 'href="https://www.neuronpedia.org/gpt2-small/1-res-jb/0"' in text
     assert "member of its set" in client.get(f"/feature/{SITE}/7").text
+
+
+def test_a_feature_of_an_sae_that_is_not_on_neuronpedia_has_no_link_there(tmp_path: Path) -> None:
+    saes = [replace(results().saes[0], neuronpedia=None)]
+    build(tmp_path / FILE, replace(results(), saes=saes))
+    page = TestClient(create_app(tmp_path / FILE), base_url="http://127.0.0.1:8171")
+    text = page.get(f"/feature/{SITE}/0").text
+    assert "<code>a/b</code>" in text
+    assert "neuronpedia" not in text
 
 
 def test_search_leads_to_pages(client: TestClient) -> None:
@@ -239,6 +252,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
             replace(c, tokens=(HOSTILE,) * 4, concept=HOSTILE, topic=HOSTILE) for c in made.contexts
         ],
         scores=[replace(s, method=HOSTILE, set=HOSTILE) for s in made.scores],
+        saes=[replace(s, source=HOSTILE, neuronpedia=HOSTILE) for s in made.saes],
     )
     build(tmp_path / FILE, hostile)
     client = TestClient(create_app(tmp_path / FILE), base_url="http://127.0.0.1")
@@ -263,7 +277,7 @@ def test_pages_hold_nothing_that_the_policy_would_block(client: TestClient) -> N
         text = client.get(address).text
         assert " style=" not in text
         assert " on" + "click" not in text
-        assert "http" + "s://" not in text
+        assert "https://" not in text.replace('<a href="https://www.neuronpedia.org/', "")
         assert "<style" not in text
 
 
