@@ -12,9 +12,12 @@ TORCH = torch$(shell command -v nvidia-smi >/dev/null && echo === || echo ==)$(s
 	sed -n 's/^torch==//p' constraints.txt)
 PIP = .venv/bin/python -m pip -qq --disable-pip-version-check install
 
+BENCH = scripts/bench/$(subst -,_,$(NAME)).py
+NAMES = $(subst $(eval ) ,|,$(subst _,-,$(basename $(notdir $(shell grep -l __main__ scripts/bench/*.py)))))
+
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo test test-all check clean
+.PHONY: help demo test test-all check bench clean
 .DEFAULT_GOAL := help
 
 help: ## show the targets
@@ -35,6 +38,10 @@ check: .venv/.installed-dev ## style, types and import rules
 	.venv/bin/basedpyright
 	.venv/bin/lint-imports
 
+bench: .venv/.installed-bench ## a benchmark beside its peers: make bench NAME=topk-step
+	@test -f "$(BENCH)" || { echo "name one: make bench NAME=$(NAMES)" >&2; exit 1; }
+	.venv/bin/python $(BENCH) $(ARGS)
+
 clean: ## remove .venv and caches; run folders stay
 	rm -rf .venv .hypothesis .pytest_cache .ruff_cache .import_linter_cache dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -52,4 +59,8 @@ clean: ## remove .venv and caches; run folders stay
 
 .venv/.installed-dev: .venv/.installed
 	$(PIP) --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.venv/.installed-bench: .venv/.installed-dev
+	$(PIP) --constraint constraints.txt --editable '.[bench]'
 	@touch $@
