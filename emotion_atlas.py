@@ -1,6 +1,8 @@
 """The front door: the stages in order, and the command line.
 
     emotion-atlas demo                      the packaged demo, configs/demo.yaml
+    emotion-atlas train CONFIG [--set k=v]  train SAEs, configs/train.yaml
+    emotion-atlas saes ACTION               list, check, judge, publish and fetch SAEs
     emotion-atlas run CONFIG [--set k=v]    a run; the same command goes on where it stopped
     emotion-atlas browse RUN                the catalog of a run, in the browser
 
@@ -47,11 +49,12 @@ from discovery.settings import (  # noqa: E402
     texts_fingerprint,
 )
 from labeling.settings import LabelConfig  # noqa: E402
+from saes import commands as sae_commands  # noqa: E402
 from saes.config import load, override, read, to_dict  # noqa: E402
 from saes.errors import UserError  # noqa: E402
 from saes.run import Run, check_run, open_run  # noqa: E402
 from saes.stage import Event, Stage, is_done, run_stages, stage_keys  # noqa: E402
-from saes.subject import Subject, SubjectConfig, fingerprint, load_subject  # noqa: E402
+from saes.subject import Subject, SubjectConfig, fingerprints, load_subject  # noqa: E402
 from saes.track import TrackConfig, open_tracker  # noqa: E402
 
 
@@ -83,7 +86,7 @@ def stages(config: RunConfig, subject: Callable[[], Subject]) -> list[Stage]:
 
     texts = open_texts(config.corpus, config.concepts)
     here, seed = Path(config.run).expanduser(), config.seed
-    model = {path: fingerprint(path) for path in (config.subject.model, *config.subject.saes)}
+    model = fingerprints(config.subject)
     corpus = {"corpus": texts_fingerprint(texts)}
     results = ("capture", "contrast", "align", "compare", "causal", "label")
     return [
@@ -249,6 +252,9 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("demo", parents=[shared], help="the packaged demo (configs/demo.yaml)")
     one = commands.add_parser("run", parents=[shared], help="a run, from its YAML config")
     one.add_argument("config", type=Path, metavar="CONFIG", help="see configs/demo.yaml")
+    one = commands.add_parser("train", parents=[shared], help="train SAEs, from a YAML config")
+    one.add_argument("config", type=Path, metavar="CONFIG", help="see configs/train.yaml")
+    sae_commands.add_parsers(commands)
     look = commands.add_parser("browse", help="the catalog of a run, in the browser")
     look.add_argument("folder", type=Path, metavar="RUN", help="run folder")
     look.add_argument(
@@ -268,15 +274,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             from labeling.web.serve import browse
 
             browse(args.folder, host=args.host, port=args.port, open_browser=args.open)
+        elif args.command == "saes":
+            sae_commands.dispatch(args)
         else:
             path = demo_config() if args.command == "demo" else args.config
             tree = override(read(path), args.sets)
-            run(load(RunConfig, {**tree, "run": args.run} if args.run else tree))
+            tree = {**tree, "run": args.run} if args.run else tree
+            if args.command == "train":
+                from saes.training.run import TrainRunConfig, train_run
+
+                train_run(load(TrainRunConfig, tree))
+            else:
+                run(load(RunConfig, tree))
     except UserError as error:
         sys.stderr.write(f"emotion-atlas: error: {error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("\nstopped; the same command goes on from here\n")
+        goes_on = args.command not in ("browse", "saes")
+        sys.stderr.write("\nstopped" + "; the same command goes on from here" * goes_on + "\n")
         return 130
     return 0
 

@@ -111,25 +111,39 @@ def read(path: Path) -> dict[str, object]:
 def override(mapping: Mapping[str, object], assignments: Sequence[str]) -> dict[str, object]:
     """A copy of `mapping` with each `a.b=value` set; values are YAML (`0.1`, `[1, 2]`, `null`).
 
+    Items of a list are counted from 0: `saes.0.k=[64]`.
+
     Raises:
         UserError: no `=`, a value that is not YAML, or a path that goes through a plain value. Keys
             that do not exist are caught by `load`.
     """
-    tree: dict[str, object] = dict(mapping)
+    tree: object = mapping
     for assignment in assignments:
         place, equals, text = assignment.partition("=")
-        if not equals or not all(place.split(".")):
+        path = place.strip().split(".")
+        if not equals or not all(path):
             raise UserError(f"--set {assignment}: expected key=value, for example causal.seed=1")
-        *sections, last = place.strip().split(".")
-        node = tree
-        for section in sections:
-            inner = node.get(section)
-            if not isinstance(inner, Mapping | None):
-                raise UserError(f"--set {assignment}: {section} is {_short(inner)}, not a section")
-            node[section] = dict(cast(Mapping[str, object], inner or {}))
-            node = cast(dict[str, object], node[section])
-        node[last] = _parse(text, f"--set {assignment}")
-    return tree
+        where = f"--set {assignment}"
+        tree = _with(tree, path, _parse(text, where), where)
+    return dict(cast(Mapping[str, object], tree))
+
+
+def _with(node: object, path: Sequence[str], value: object, where: str, name: str = "") -> object:
+    """A copy of `node`, called `name`, with the value at the path."""
+    if not path:
+        return value
+    first, *rest = path
+    if isinstance(node, list):
+        items = list(cast(list[object], node))
+        if not first.isdecimal() or int(first) >= len(items):
+            raise UserError(f"{where}: {name} is a list; count its items from 0: {name}.0")
+        items[int(first)] = _with(items[int(first)], rest, value, where, first)
+        return items
+    if not isinstance(node, Mapping | None):
+        raise UserError(f"{where}: {name} is {_short(node)}, not a section")
+    section = dict(cast(Mapping[str, object], node or {}))
+    section[first] = _with(section.get(first), rest, value, where, first)
+    return section
 
 
 def load(cls: type[T], mapping: Mapping[str, object], where: str = _ROOT) -> T:

@@ -125,9 +125,10 @@ def open_run(folder: Path, config: Dataclass) -> Run:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder)
         undo.callback(os.close, lock)
-        if (folder / CONFIG).exists():
-            _check_same(folder, to_dict(config))
+        if (folder / CONFIG).exists() and _check_same(folder, to_dict(config)):
             _add_environment(folder)
+        elif (folder / CONFIG).exists():
+            _create(folder, config)
         else:
             undo.callback(_remove_files, folder)
             _create(folder, config)
@@ -139,7 +140,8 @@ def open_run(folder: Path, config: Dataclass) -> Run:
 def check_run(folder: Path, config: Dataclass) -> None:
     """Look only: may the folder hold a run of `config`?
 
-    Where a run is kept and tracked decides no result, so the fields `run` and `track` may differ.
+    Where a run is kept and tracked decides no result, so the fields `run` and `track` may differ;
+    and so may all others as long as no stage is finished, for then nothing is lost.
 
     Raises:
         UserError: the folder is no run folder, is that of another config, or is damaged.
@@ -211,7 +213,8 @@ def _check_kind(folder: Path) -> None:
         )
 
 
-def _check_same(folder: Path, wanted: Mapping[str, object]) -> None:
+def _check_same(folder: Path, wanted: Mapping[str, object]) -> bool:
+    """Whether the run there is one of this config; False if it is another's that has no result."""
     path = folder / CONFIG
     try:
         stored = read(path)
@@ -222,10 +225,13 @@ def _check_same(folder: Path, wanted: Mapping[str, object]) -> None:
     for place, there, here in _differences(stored, wanted):
         if place.split(".")[0] in FREE:
             continue
+        if not any(folder.glob("*/done.json")):  # what `saes.stage` leaves
+            return False
         raise UserError(
             f"{folder} holds a run of another config: {place} is {there} there and {here} now; "
             "choose another --run folder or delete this one"
         )
+    return True
 
 
 def _differences(

@@ -174,12 +174,22 @@ def test_override_sets_copies_and_parses() -> None:
         ("causal.=3", "expected key=value"),
         ("model.x=3", "model is 'm', not a section"),
         ("lr=[1", "--set lr=[1, line 1: "),
+        ("saes.1.k=3", "saes is a list; count its items from 0: saes.0"),
+        ("saes.k=3", "saes is a list; count its items from 0: saes.0"),
     ],
 )
 def test_bad_overrides_are_refused(assignment: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        override({"model": "m"}, [assignment])
+        override({"model": "m", "saes": [{"k": 1}]}, [assignment])
     assert message in str(caught.value)
+
+
+def test_items_of_a_list_are_overridden_by_their_number() -> None:
+    original: dict[str, object] = {"saes": [{"k": [8]}, {"k": [16]}], "doses": [1, 2]}
+    before = repr(original)
+    tree = override(original, ["saes.1.k=[32, 64]", "doses.0=5"])
+    assert tree == {"saes": [{"k": [8]}, {"k": [32, 64]}], "doses": [5, 2]}
+    assert repr(original) == before
 
 
 def test_an_overridden_key_that_does_not_exist_is_caught() -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from saes import run as run_module
+from saes.config import read
 from saes.errors import UserError
-from saes.run import Environment, open_run, read_manifest
+from saes.run import CONFIG, Environment, check_run, open_run, read_manifest
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ def test_another_environment_is_added_to_the_manifest(
 def test_another_config_is_refused_with_the_first_difference(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     open_run(folder, Config()).close()
+    (folder / "capture").mkdir()
+    (folder / "capture" / "done.json").touch()
     message = refused(folder, Config(part=Part(doses=(0.1, 0.3), seed=4)))
     assert "part.doses is [0.1, 0.2] there and [0.1, 0.3] now" in message
     assert "choose another --run folder or delete this one" in message
@@ -114,6 +117,16 @@ def test_another_config_is_refused_with_the_first_difference(tmp_path: Path) -> 
 
     with pytest.raises(UserError, match="new is absent there and true now"):
         open_run(folder, Grown())
+
+
+def test_a_run_without_a_finished_stage_takes_another_config(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    open_run(folder, Config()).close()
+    check_run(folder, Config(seed=9))
+    with open_run(folder, Config(seed=9)) as run:
+        assert run.manifest().seeds["seed"] == 9
+    assert read(folder / CONFIG)["seed"] == 9
+    open_run(folder, Config(seed=9)).close()
 
 
 def test_foreign_folders_and_files_are_refused(tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ def config(
         "subject": {
             "model": str(tiny_lm_folder),
             "saes": [str(folder) for folder in tiny_sae_folders.values()],
+            "trust": True,  # their weights are random
             "threads": 1,
         },
         "concepts": list(CONCEPTS),
@@ -146,6 +147,36 @@ def kill_when(config: Path, run: Path, sign: Callable[[], bool], how: signal.Sig
     return process.wait(timeout=120)
 
 
+STOPPING = """
+import os, pathlib, signal, sys
+stage, *arguments = sys.argv[1:]
+mkdir = pathlib.Path.mkdir
+def stopping(path, *args, **kwargs):
+    mkdir(path, *args, **kwargs)
+    if path.name == f".{stage}.part":
+        os.kill(os.getpid(), signal.SIGSTOP)
+pathlib.Path.mkdir = stopping
+import emotion_atlas
+sys.exit(emotion_atlas.main(arguments))
+"""
+
+
+def kill_at(config: Path, run: Path, stage: str, how: signal.Signals) -> int:
+    """Start the run in a process that stops itself as the stage begins; send it a signal there."""
+    arguments = [stage, "run", str(config), "--run", str(run)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPING, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status), "it ended before the stage began"
+    process.send_signal(how)
+    process.send_signal(signal.SIGCONT)
+    return process.wait(timeout=120)
+
+
 @pytest.mark.parametrize(
     ("stage", "how", "code"),
     [("contrast", signal.SIGKILL, -signal.SIGKILL), ("causal", signal.SIGINT, 130)],
@@ -154,11 +185,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     stage: str, how: signal.Signals, code: int, finished: Path, config: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-
-    def stage_begun() -> bool:
-        return (run / f".{stage}.part").exists() or (run / stage).exists()
-
-    assert kill_when(config, run, stage_begun, how) == code
+    assert kill_at(config, run, stage, how) == code
+    assert not (run / stage).exists()
     assert not (run / "report").exists()
     assert emotion_atlas.main(["run", str(config), "--run", str(run)]) == 0
     assert outputs(run) == outputs(finished)
