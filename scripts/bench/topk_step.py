@@ -181,7 +181,7 @@ def forward_backward(sae: SparseTopKTrainingSAE, x: torch.Tensor) -> None:
 def sparsify_step(shape: Shape, x: torch.Tensor) -> Callable[[], object]:
     """EleutherAI's sparsify: its loss, with the Adam of its trainer."""
     with contextlib.redirect_stdout(io.StringIO()):  # it announces on import that it lacks Triton
-        from sparsify import SparseCoder, SparseCoderConfig
+        from sparsify import SparseCoder, SparseCoderConfig  # pyright: ignore[reportMissingImports]
 
     config = SparseCoderConfig(num_latents=shape.d_sae, k=shape.k)
     coder = SparseCoder(shape.d_in, config, device=x.device, dtype=torch.float32)
