@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Tensors of [batch, d_sae] in float32 that live at the peak of a step with dead latents, measured
 # (tests/test_budget.py) at d_in 256, d_sae 8192, k 32, batch 2048.
-STEP_COPIES_FAST = {"topk": 0.8, "batchtopk": 0.9, "matryoshka_batchtopk": 1.2}
+STEP_COPIES_FAST = {"topk": 0.6, "batchtopk": 0.9, "matryoshka_batchtopk": 1.2}
 STEP_COPIES = {  # of sae-lens's own steps
     "standard": 6.6,
     "gated": 9.8,
