@@ -281,7 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             tree = override(read(path), args.sets)
             tree = {**tree, "run": args.run} if args.run else tree
             if args.command == "train":
-                from saes.training.run import TrainRunConfig, train_run
+                from saes.training.run import train_run
+                from saes.training.settings import TrainRunConfig
 
                 train_run(load(TrainRunConfig, tree))
             else:

@@ -113,7 +113,8 @@ def load_model(
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].split(", ")[0]  # of a long list of all kinds
+        reason = str(error).splitlines()[0]
+        reason = "no such kind" if reason.startswith("Expected one of") else reason
         raise UserError(
             f"device {device!r} cannot be used here ({reason}); set it to cpu"
         ) from None

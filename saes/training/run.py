@@ -15,10 +15,10 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from saes import sources
 from saes.config import to_dict
@@ -29,8 +29,9 @@ from saes.stage import Event, Stage, is_done, run_stages, stage_keys
 from saes.subject import fingerprint, load_model
 from saes.text.documents import Source, pieces, source_hashes
 from saes.text.prepare import MANIFEST, SAMPLE, TextConfig
-from saes.track import NullTracker, TrackConfig, Tracker, open_tracker
-from saes.training.architectures import SaeGrid, SaeSpec, TrainConfig, name_specs
+from saes.track import NullTracker, Tracker, open_tracker
+from saes.training.architectures import name_specs
+from saes.training.settings import ModelConfig, TrainRunConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,98 +47,6 @@ if TYPE_CHECKING:
 CHECKPOINTS = "checkpoints"
 TABLE = "quality.md"
 TRACKED = "tracked.json"  # which SAEs have become artifacts
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The language model whose residuals are reconstructed."""
-
-    name: str
-    """Hub name, local folder, or packaged/NAME."""
-    device: str = "cpu"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    quantize: Literal["8bit", "4bit"] | None = None
-    """Load it quantised, through bitsandbytes."""
-    device_map: Literal["auto"] | None = None
-    """Spread a model that is larger than one device over all of them, instead of `device`."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub name; None is its main branch."""
-    threads: int = 2
-    """CPU threads; part of the result, since they decide the order of floating-point sums."""
-
-    def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise UserError(f"threads must be at least 1, not {self.threads}")
-
-
-@dataclass(frozen=True)
-class StreamSettings:
-    """Order and size of the batches: `StreamConfig` of the stream, readable without torch."""
-
-    batch: int = 2048
-    """Tokens of a batch."""
-    chunk_rows: int = 256
-    """Rows whose tokens are shuffled together."""
-    pass_rows: int = 8
-    """Rows of one pass through the model: few are faster on a CPU, many on a GPU."""
-    seed: int = 0
-    """Seed of the order."""
-    autocast: bool = False
-    """Run the model in bfloat16 where that is safe."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "chunk_rows", "pass_rows"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)} must be at least 1")
-
-
-@dataclass(frozen=True)
-class TrainRunConfig:
-    """A whole training run. Every field is explained in configs/train.yaml."""
-
-    run: str
-    model: ModelConfig
-    saes: tuple[SaeGrid, ...]
-    text: TextConfig = field(default_factory=TextConfig)
-    stream: StreamSettings = field(default_factory=StreamSettings)
-    shards: str | None = None
-    start_from: tuple[str, ...] = ()
-    train: TrainConfig = field(default_factory=TrainConfig)
-    watch_rows: int = 32
-    quality_rows: int = 400
-    track: TrackConfig = field(default_factory=TrackConfig)
-
-    def __post_init__(self) -> None:
-        self.specs()
-        if self.train.tokens > self.text.tokens:
-            raise UserError(
-                f"train.tokens is {self.train.tokens} but text.tokens prepares for "
-                f"{self.text.tokens}; raise text.tokens (text.epochs says how often each is seen)"
-            )
-        batch, rows, context = self.stream.batch, self.stream.chunk_rows, self.text.context
-        if batch > rows * (context - 1):
-            raise UserError(
-                f"stream.batch is {batch} but chunk_rows = {rows} rows of {context} tokens hold "
-                f"{rows * (context - 1)} at most; raise stream.chunk_rows or lower stream.batch"
-            )
-        for name, tokens in (
-            ("train.tokens", self.train.tokens),
-            ("text.tokens / text.epochs", self.text.tokens // self.text.epochs),
-        ):
-            if tokens < batch:
-                raise UserError(f"{name} is {tokens}, less than a batch of {batch}")
-        for name in ("watch_rows", "quality_rows"):
-            rows = getattr(self, name)
-            if rows < 0:
-                raise UserError(f"{name} = {rows} must not be negative")
-            if rows and not self.text.held_out_tokens:
-                raise UserError(f"{name} is {rows} but text.held_out_tokens is 0; set one to match")
-
-    def specs(self) -> tuple[SaeSpec, ...]:
-        """All SAEs, in the order of the grids."""
-        specs = tuple(spec for grid in self.saes for spec in grid.specs())
-        name_specs(specs)
-        return specs
 
 
 @contextmanager
