@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from discovery.concepts import load_concepts
-from discovery.corpora import CORPUS, Text, digest, leaks, load_corpus
+from discovery.corpora.leaks import leaks
+from discovery.corpora.packaged import CORPUS, digest, load_corpus
+from discovery.corpora.rows import Text
 from saes.errors import UserError
 
 CONCEPTS = load_concepts(["calm", "worn out"])
@@ -58,58 +60,58 @@ def test_the_packaged_corpus() -> None:
     assert len(corpus.texts()) == sum(map(len, corpus))
     for text in corpus.texts():
         assert (text.concept == "") == (text.set == "neutral")
-        assert (text.writer != "") == (text.set in ("first", "hard"))
-        assert (text.topic != "") == (text.set in ("first", "hard", "neutral"))
-    for stories, writers in ((corpus.first, 7), (corpus.hard, 6)):
+        assert (text.writer != "") == (text.set in ("selection", "confirmation"))
+        assert (text.topic != "") == (text.set in ("selection", "confirmation", "neutral"))
+    for stories, writers in ((corpus.selection, 7), (corpus.confirmation, 6)):
         assert len({t.writer for t in stories}) == writers
         assert set(Counter((t.topic, t.concept) for t in stories).values()) == {1}
-    assert not {t.topic for t in corpus.first} & {t.topic for t in corpus.hard}
-    assert not {t.writer for t in corpus.first} & {t.writer for t in corpus.hard}
-    assert {t.topic for t in corpus.neutral} == {t.topic for t in corpus.first}
+    assert not {t.topic for t in corpus.selection} & {t.topic for t in corpus.confirmation}
+    assert not {t.writer for t in corpus.selection} & {t.writer for t in corpus.confirmation}
+    assert {t.topic for t in corpus.neutral} == {t.topic for t in corpus.selection}
 
 
 def test_stories_and_situations_never_name_their_concept_and_mentions_always_do() -> None:
     corpus, concepts = load_corpus(), load_concepts()
-    assert leaks(corpus.first, concepts) == []
-    assert leaks(corpus.hard, concepts) == []
+    assert leaks(corpus.selection, concepts) == []
+    assert leaks(corpus.confirmation, concepts) == []
     assert leaks(corpus.situations, concepts) == []
     assert leaks(corpus.neutral, concepts) == []
-    assert [leak.id for leak in leaks(corpus.mentions, concepts)] == [t.id for t in corpus.mentions]
-
-
-@pytest.mark.parametrize(
-    ("text", "form"),
-    [
-        ("She CALMLY left.", "calmly"),
-        ("A calm-faced man.", "calm"),
-        ("He was worn\nout by noon.", "worn out"),
-        ("The worn-out coat.", "worn-out"),
-        ("A becalmed ship; calmative tea.", None),
-        ("His anger rose.", None),
-        ("A sword, worn outside.", None),
-    ],
-)
-def test_leaks_match_whole_words_of_the_own_concept(text: str, form: str | None) -> None:
-    concept = "worn out" if "worn" in text else "calm"
-    found = leaks([Text("x", text, concept, "t", "first", "a")], CONCEPTS)
-    assert [leak.form for leak in found] == ([] if form is None else [form])
+    assert [leak.id for leak in leaks(corpus.lexical, concepts)] == [t.id for t in corpus.lexical]
 
 
 def test_only_the_texts_of_the_concepts_are_kept() -> None:
     corpus = load_corpus(concepts=CONCEPTS)
     assert [len(texts) for texts in corpus] == [24, 24, 6, 180, 16]
-    assert {t.concept for t in corpus.first} == {"calm", "worn out"}
+    assert {t.concept for t in corpus.selection} == {"calm", "worn out"}
 
 
 def test_a_users_corpus(tmp_path: Path) -> None:
     corpus = load_corpus(put(tmp_path, small()), CONCEPTS)
-    assert corpus.first[0] == Text(
-        "t1/calm", "What happened at the t1/calm.", "calm", "t1", "first", "a"
+    assert corpus.selection[0] == Text(
+        id="t1/calm",
+        text="What happened at the t1/calm.",
+        concepts=("calm",),
+        set="selection",
+        topic="t1",
+        writer="a",
+        source=tmp_path.name,
     )
-    assert corpus.neutral == (Text("n", "The train left at nine.", "", "t1", "neutral", ""),)
+    (neutral,) = corpus.neutral
+    assert (neutral.text, neutral.concepts, neutral.topic) == ("The train left at nine.", (), "t1")
     with (tmp_path / "stories.jsonl").open("a") as file:
         file.write("\n  \n")
     assert load_corpus(tmp_path, CONCEPTS) == corpus
+
+
+def test_some_roles_need_only_their_files(tmp_path: Path) -> None:
+    files = small()
+    (tmp_path / "neutral.jsonl").write_text(json.dumps(files["neutral.jsonl"][0]))
+    corpus = load_corpus(tmp_path, CONCEPTS, ["neutral"])
+    assert [len(texts) for texts in corpus] == [0, 0, 0, 1, 0]
+    with pytest.raises(UserError, match=r"no corpus file .*mentions\.jsonl"):
+        load_corpus(tmp_path, CONCEPTS, ["neutral", "lexical"])
+    unlike = load_concepts(source="ekman")
+    assert len(load_corpus(concepts=unlike, roles=["neutral"]).neutral) == 180
 
 
 def test_digest_covers_every_byte_of_the_five_files_and_nothing_else(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from discovery.corpora import load_corpus
+from discovery.corpora.packaged import load_corpus
 from saes.files import locate
 from saes.lm.model import LM, load_lm
 from saes.lm.tokens import tokenize
@@ -31,7 +31,7 @@ def lm() -> LM:
 @pytest.fixture(scope="module")
 def rows(lm: LM) -> np.ndarray:
     """BOS and 127 tokens of 24 packaged stories, which neither the model nor the SAEs have seen."""
-    stories = load_corpus().hard[::90][:24]
+    stories = load_corpus().confirmation[::90][:24]
     return np.array([ids[:128] for ids in tokenize(lm, [text.text for text in stories]).ids])
 
 

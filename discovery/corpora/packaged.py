@@ -1,83 +1,49 @@
 """Labelled texts: the packaged corpus or a user's folder of the same files. No torch.
 
-The verdict protocol selects on the first story set and confirms on the hard one, within topics, so
+The verdict protocol selects on stories.jsonl and confirms on stories_hard.jsonl, within topics, so
 both need exactly one story for each concept and topic, and no topic may be in both. What a folder
 lacks is said in one line with its file.
 """
 
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, cast
 
 from discovery.concepts import DATA, Concept, load_concepts, unknown_concept
+from discovery.corpora.rows import ROLES, Corpus, Role, Text, by_role
 from saes.errors import UserError
 from saes.files import sha256
 
 CORPUS = DATA / "corpus"
+SOURCE = "packaged"  # what the rows of the packaged corpus name as their source
 MIN_TOPICS = 4  # per story set: an interval over fewer topics says nothing
 MIN_MENTIONS = 2  # per concept: one to select a lexical latent on, one to test it
 
 _FILES = {
-    "first": ("stories.jsonl", ("id", "text", "concept", "topic", "writer")),
-    "hard": ("stories_hard.jsonl", ("id", "text", "concept", "topic", "writer")),
+    "selection": ("stories.jsonl", ("id", "text", "concept", "topic", "writer")),
+    "confirmation": ("stories_hard.jsonl", ("id", "text", "concept", "topic", "writer")),
     "situations": ("situations.jsonl", ("id", "text", "concept")),
     "neutral": ("neutral.jsonl", ("id", "text", "topic")),
-    "mentions": ("mentions.jsonl", ("id", "text", "concept")),
+    "lexical": ("mentions.jsonl", ("id", "text", "concept")),
 }
 """By set, its file and the columns that it must have; others are ignored."""
 
 
-@dataclass(frozen=True)
-class Text:
-    """One text. `concept`, `topic` and `writer` are "" where its set has no such column."""
-
-    id: str
-    text: str = field(repr=False)
-    concept: str
-    topic: str
-    set: str  # first, hard, situations, neutral, mentions
-    writer: str
-
-
-class Corpus(NamedTuple):
-    """The five sets, each in the order of its file."""
-
-    first: tuple[Text, ...]
-    """Stories to select on, one for each concept and topic."""
-    hard: tuple[Text, ...]
-    """Stories to confirm on: other topics, other writers, without the concepts' usual cues."""
-    situations: tuple[Text, ...]
-    """First-person messages; the feeling is not named."""
-    neutral: tuple[Text, ...]
-    """Texts without feeling."""
-    mentions: tuple[Text, ...]
-    """Texts that contain the concept's word while nobody feels it."""
-
-    def texts(self) -> list[Text]:
-        """All texts, set after set."""
-        return [text for texts in self for text in texts]
-
-
-class Leak(NamedTuple):
-    """A text that names its concept."""
-
-    id: str
-    form: str
-    """The concept's name or an inflection of it."""
-
-
-def load_corpus(folder: Path | None = None, concepts: Sequence[Concept] | None = None) -> Corpus:
+def load_corpus(
+    folder: Path | None = None,
+    concepts: Sequence[Concept] | None = None,
+    roles: Sequence[Role] = ROLES,
+) -> Corpus:
     """Read and check a corpus.
 
     Args:
         folder: holds stories.jsonl, stories_hard.jsonl, situations.jsonl, neutral.jsonl and
             mentions.jsonl, one JSON object a line; None for the packaged corpus.
         concepts: only their texts are kept (and the neutral ones); None for all 171.
+        roles: only the files of these sets are read; the other sets are empty.
 
     Raises:
         UserError: a missing folder or file, a line that is no JSON object, a missing or empty
@@ -89,21 +55,29 @@ def load_corpus(folder: Path | None = None, concepts: Sequence[Concept] | None =
     kept = everything if concepts is None else concepts
     known = {concept.name: concept for concept in (*everything, *kept)}
     names = [concept.name for concept in kept]
+    source = SOURCE if folder is None else folder.name
     folder = CORPUS if folder is None else folder
     if not folder.is_dir():
         raise UserError(f"no corpus folder {folder}; give a folder that holds {_file_names()}")
-    read = {kind: list(_read(folder / file, kind)) for kind, (file, _) in _FILES.items()}
+    files = {kind: file for kind, (file, _) in _FILES.items() if kind in roles}
+    read = {kind: list(_read(folder / file, kind, source)) for kind, file in files.items()}
     _check_once(folder, read)
     for kind, rows in read.items():
         for line, text in rows:
             if kind != "neutral" and text.concept not in known:
-                place = f"{folder / _FILES[kind][0]}, line {line}"
+                place = f"{folder / files[kind]}, line {line}"
                 raise UserError(f"{place}: {unknown_concept(text.concept, known.values())}")
     wanted = {*names, ""}
-    corpus = Corpus(*(tuple(t for _, t in rows if t.concept in wanted) for rows in read.values()))
-    _check_stories(folder, corpus, names)
-    _check_counts(folder / _FILES["situations"][0], corpus.situations, names, 1)
-    _check_counts(folder / _FILES["mentions"][0], corpus.mentions, names, MIN_MENTIONS)
+    corpus = by_role(t for rows in read.values() for _, t in rows if t.concept in wanted)
+    for kind in ("selection", "confirmation"):
+        if kind in files:
+            _check_stories(folder / files[kind], getattr(corpus, kind), names)
+    if "selection" in files:
+        _check_writers(folder / files["selection"], corpus.selection)
+    _check_apart(folder, corpus)
+    for kind, least in (("situations", 1), ("lexical", MIN_MENTIONS)):
+        if kind in files:
+            _check_counts(folder / files[kind], getattr(corpus, kind), names, least)
     return corpus
 
 
@@ -122,23 +96,6 @@ def digest(folder: Path | None = None) -> str:
     return total.hexdigest()
 
 
-def leaks(texts: Iterable[Text], concepts: Iterable[Concept]) -> list[Leak]:
-    """The texts that name their own concept, each with the first form that does.
-
-    Forms are matched as whole words in any case; white space or a hyphen parts the words of a form,
-    and a hyphen after it does not hide it ("calm-faced" names calm).
-    """
-    patterns = {concept.name: _pattern(concept) for concept in concepts}
-    found = ((t.id, patterns[t.concept].search(t.text)) for t in texts if t.concept in patterns)
-    return [Leak(name, " ".join(hit[0].lower().split())) for name, hit in found if hit]
-
-
-def _pattern(concept: Concept) -> re.Pattern[str]:
-    forms = sorted(concept.inflections, key=len, reverse=True)
-    words = "|".join(re.sub("[ -]", r"[\\s-]+", form) for form in forms)
-    return re.compile(rf"\b(?:{words})\b", re.IGNORECASE)
-
-
 def _file_names() -> str:
     return ", ".join(file for file, _ in _FILES.values())
 
@@ -147,7 +104,7 @@ def _missing(path: Path) -> str:
     return f"no corpus file {path}; a corpus folder holds {_file_names()}"
 
 
-def _read(path: Path, kind: str) -> Iterable[tuple[int, Text]]:
+def _read(path: Path, kind: str, source: str) -> Iterable[tuple[int, Text]]:
     """(line number, text) of each row."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -161,10 +118,10 @@ def _read(path: Path, kind: str) -> Iterable[tuple[int, Text]]:
         raise UserError(f"{path} is empty; write one JSON object a line")
     for i, line in enumerate(lines, start=1):
         if line.strip():
-            yield i, _row(line, kind, f"{path}, line {i}")
+            yield i, _row(line, kind, source, f"{path}, line {i}")
 
 
-def _row(line: str, kind: str, place: str) -> Text:
+def _row(line: str, kind: str, source: str, place: str) -> Text:
     try:
         row = json.loads(line)
     except ValueError as error:
@@ -173,7 +130,7 @@ def _row(line: str, kind: str, place: str) -> Text:
         raise UserError(f"{place}: expected a JSON object, got {line.strip()[:40]}")
     cells = cast(dict[str, object], row)
     columns = _FILES[kind][1]
-    values = {"concept": "", "topic": "", "writer": ""}
+    values: dict[str, Any] = {"concept": "", "topic": "", "writer": ""}
     for column in columns:
         if column not in cells:
             raise UserError(f"{place}: missing column '{column}'; needed: {', '.join(columns)}")
@@ -183,7 +140,8 @@ def _row(line: str, kind: str, place: str) -> Text:
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"{place}: '{column}' is {value!r}, expected a text that is not empty")
         values[column] = value
-    return Text(set=kind, **values)
+    concept = values.pop("concept")
+    return Text(set=kind, concepts=(concept,) if concept else (), source=source, **values)
 
 
 def _check_once(folder: Path, read: dict[str, list[tuple[int, Text]]]) -> None:
@@ -198,39 +156,47 @@ def _check_once(folder: Path, read: dict[str, list[tuple[int, Text]]]) -> None:
                     raise UserError(f"{folder / place}: the {what} {start!r} is also in {before}")
 
 
-def _check_stories(folder: Path, corpus: Corpus, names: Sequence[str]) -> None:
-    first, hard = folder / _FILES["first"][0], folder / _FILES["hard"][0]
-    for path, texts in ((first, corpus.first), (hard, corpus.hard)):
-        topics = list(dict.fromkeys(text.topic for text in texts))
-        count = Counter((text.topic, text.concept) for text in texts)
+def _check_stories(path: Path, texts: Sequence[Text], names: Sequence[str]) -> None:
+    topics = list(dict.fromkeys(text.topic for text in texts))
+    count = Counter((text.topic, text.concept) for text in texts)
+    there = {text.concept for text in texts}
+    for name in names:
+        if name not in there:
+            raise UserError(f"{path} has no story of {name!r}; leave the concept out or add it")
+    for topic in topics:
         for name in names:
-            if all(text.concept != name for text in texts):
-                raise UserError(f"{path} has no story of {name!r}; leave the concept out or add it")
-        for topic in topics:
-            for name in names:
-                if (n := count[topic, name]) != 1:
-                    fault = "has no story" if n == 0 else f"has {n} stories"
-                    raise UserError(
-                        f"{path}: topic {topic!r} {fault} of {name!r}; "
-                        "each topic needs exactly one story of each concept"
-                    )
-        if len(topics) < MIN_TOPICS:
-            raise UserError(f"{path} has {len(topics)} topics; at least {MIN_TOPICS} are needed")
-    if both := {text.topic for text in corpus.first} & {text.topic for text in corpus.hard}:
+            if (n := count[topic, name]) != 1:
+                fault = "has no story" if n == 0 else f"has {n} stories"
+                raise UserError(
+                    f"{path}: topic {topic!r} {fault} of {name!r}; "
+                    "each topic needs exactly one story of each concept"
+                )
+    if len(topics) < MIN_TOPICS:
+        raise UserError(f"{path} has {len(topics)} topics; at least {MIN_TOPICS} are needed")
+
+
+def _check_apart(folder: Path, corpus: Corpus) -> None:
+    both = {text.topic for text in corpus.selection} & {text.topic for text in corpus.confirmation}
+    if both:
         raise UserError(
-            f"{hard}: topic {min(both)!r} is also in {first.name}; what is selected on "
-            "one set is confirmed on other topics"
+            f"{folder / _FILES['confirmation'][0]}: topic {min(both)!r} is also in "
+            f"{_FILES['selection'][0]}; what is selected on one set is confirmed on other topics"
         )
-    for topic in dict.fromkeys(text.topic for text in corpus.first):
-        writers = sorted({text.writer for text in corpus.first if text.topic == topic})
-        if len(writers) > 1:
+
+
+def _check_writers(path: Path, texts: Sequence[Text]) -> None:
+    writers: dict[str, set[str]] = {}
+    for text in texts:
+        writers.setdefault(text.topic, set()).add(text.writer)
+    for topic, names in writers.items():
+        if len(names) > 1:
             raise UserError(
-                f"{first}: topic {topic!r} has stories of writers {', '.join(writers)}; selection "
-                "is cross-fitted over writers, so give each writer topics of its own"
+                f"{path}: topic {topic!r} has stories of writers {', '.join(sorted(names))}; "
+                "selection is cross-fitted over writers, so give each writer topics of its own"
             )
-    if len({text.writer for text in corpus.first}) < 2:
+    if len({text.writer for text in texts}) < 2:
         raise UserError(
-            f"{first} has one writer; selection is cross-fitted over writers, so name at least "
+            f"{path} has one writer; selection is cross-fitted over writers, so name at least "
             "two (the topic will do where the writers are unknown)"
         )
 

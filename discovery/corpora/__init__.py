@@ -1,0 +1,1 @@
+"""Labelled texts: typed rows, where they come from, how they are split and checked."""
