@@ -1,6 +1,7 @@
 """The harness of the benchmarks: medians, ratios, the last line, processes of their own."""
 
 import json
+import subprocess
 import sys
 import textwrap
 import time
@@ -83,3 +84,16 @@ def test_a_worker_has_memory_of_its_own(harness: Any, tmp_path: Path) -> None:
     script.write_text("raise SystemExit(3)")
     with pytest.raises((RuntimeError, BrokenPipeError)):
         harness.worker([sys.executable, str(script)])()
+
+
+def test_the_benchmark_of_scores_at_a_toy_size() -> None:
+    sizes = {"features": 60, "concepts": 5, "texts": 300, "topics": 3, "sample": 10, "rounds": 1}
+    command = [sys.executable, str(BENCH / "scores.py"), *(f"--{k}={v}" for k, v in sizes.items())]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert line["name"] == "scores"
+    assert line["largest_difference"] < 1e-12
+    assert set(line["ratio"]) == {"scikit-learn"}
+    assert line["peers"]["scikit-learn"] > 0
+    assert 0 <= line["above_input_mib"] < 200
+    assert "scikit-learn" in line["versions"]

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from harness import interleave, report, serve, table, worker
 
-from discovery.corpora import load_corpus
+from discovery.corpora.packaged import load_corpus
 from saes.files import locate
 from saes.lm.model import LM, load_lm
 from saes.lm.tokens import tokenize
@@ -48,7 +48,7 @@ def rows_of_corpus(lm: LM, count: int) -> np.ndarray:
     corpus = load_corpus()
     ids = [
         i
-        for text in tokenize(lm, [t.text for t in (*corpus.first, *corpus.hard)]).ids
+        for text in tokenize(lm, [t.text for t in (*corpus.selection, *corpus.confirmation)]).ids
         for i in text[1:]
     ]
     rows = np.array(ids[: count * (CONTEXT - 1)]).reshape(-1, CONTEXT - 1)
