@@ -2,59 +2,64 @@
 
 Step numbers are those of the protocol in docs/statistics.md:
 
-1.  statistic: AUROC within topics, averaged over topics          `discovery.scores`
-2.  selection on the first set, cross-fitted over writers         `discovery.selection`
-3.  freeze
-4.  confirmation on the hard set, once, by exact p-values         `confirm`
-5.  Benjamini-Hochberg over singles and sets of all concepts      `confirm`
-6.  specificity among the five nearest concepts                   `confirm`
+1.  statistic: AUROC within topics, averaged over topics          `discovery.ranks`
+2.  selection on the selection set, cross-fitted over units       `discovery.selection`
+3.  freeze: what follows reads the frozen `Selection`
+4.  confirmation on the confirmation set, once, by exact p-values `discovery.confirm`
+5.  false-discovery control over concepts, and in each over two   `discovery.confirm`
+6.  specificity among the nearest concepts                        `discovery.confirm`
+7.  baselines                                                     `discovery.baselines`
 8.  verdicts                                                      `verdict`
-9.  lexical control on mentions                                   `lexical_control`
-10. the AUROC that would have been detected with 80 % power       `align`
+9.  lexical control                                               `discovery.confirm`
+10. the AUROC that would have been detected with 80 % power       `detectable`
+11. intervals                                                     `discovery.inference`
+12. situations, in the mean over concepts                         `discovery.baselines`
+13. the reverse run, and sets of other sizes                      `confirm`, `describe`
+14. one corpus only                                               `discovery.replicate`
 
-Step 7, the baselines, is in `discovery.baselines`. numpy and scipy only.
+numpy and scipy only.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy import optimize, stats
+from scipy.sparse import csr_array
 
-from discovery import scores, selection
-from discovery.records import VERDICTS, Alignment, Control, SetMember, SiteChoice, Verdict
-from discovery.selection import LabelledSet, Selection, SiteFit
+from discovery import describe, inference
+from discovery.confirm import Confirmation, Lexical, Reverse, confirm, lexical_control, reverse
+from discovery.describe import Beside
+from discovery.labels import Labels
+from discovery.records import (
+    VERDICTS,
+    Alignment,
+    Candidate,
+    Control,
+    Cross,
+    CurvePoint,
+    SetMember,
+    SiteChoice,
+    Verdict,
+)
+from discovery.selection import (
+    LabelledSet,
+    Selection,
+    SiteFit,
+    check,
+    enough,
+    few_texts,
+    score,
+    select,
+)
 from saes.errors import UserError
 
-
-class Confirmation(NamedTuple):
-    """Steps 4 to 6 for the single latents, or the sets, of all concepts."""
-
-    aurocs: Float[np.ndarray, "concepts topics"]
-    interval: scores.Interval
-    """Of the mean of `aurocs` over topics."""
-    auroc: Float[np.ndarray, " concepts"]
-    p: Float[np.ndarray, " concepts"]
-    q: Float[np.ndarray, " concepts"]
-    specific_auroc: Float[np.ndarray, " concepts"]
-    specific_p: Float[np.ndarray, " concepts"]
-    specific_q: Float[np.ndarray, " concepts"]
-    """NaN where step 5 did not reject."""
-
-
-class Lexical(NamedTuple):
-    """Step 9 for all concepts: figures on the second half of the mentions."""
-
-    latent: Int[np.ndarray, " concepts"]
-    """Chosen on the first half of the mentions."""
-    auroc: Float[np.ndarray, " concepts"]
-    p: Float[np.ndarray, " concepts"]
-    q: Float[np.ndarray, " concepts"]
-    story_p: Float[np.ndarray, " concepts"]
-    """Of the latent that was chosen on stories."""
-    story_q: Float[np.ndarray, " concepts"]
+KS = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Sizes of sets on the curve."""
 
 
 class AlignResult(NamedTuple):
@@ -63,92 +68,271 @@ class AlignResult(NamedTuple):
     alignments: list[Alignment]
     members: list[SetMember]
     sites: list[SiteChoice]
+    candidates: list[Candidate]
+    cross: list[Cross]
+    curve: list[CurvePoint]
     rejected: int
     """How many of the 2 x concepts tests of step 5 rejected."""
-    fit: SiteFit
-    """The frozen selection at the chosen site, with its AUROCs by topic on the first set."""
+    fits: list[SiteFit]
+    """The frozen selections, the chosen view first, with AUROCs on the selection set."""
     singles: Confirmation
     sets: Confirmation
 
+    @property
+    def fit(self) -> SiteFit:
+        """The frozen selection at the chosen view."""
+        return self.fits[0]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that the rows of `Alignment` are made of."""
+
+    fits: list[SiteFit]
+    """The chosen view first."""
+    singles: Confirmation
+    sets: Confirmation
+    rivals: Int[np.ndarray, "concepts neighbours"]
+    firing: Float[np.ndarray, " concepts"]
+    """Share of the confirmation texts in which the single latent fires."""
+    detectable: Float[np.ndarray, " concepts"]
+    beside: tuple[Beside, Beside]
+    lexical: Lexical | None
+    reverse: Reverse | None
+
 
 def align(
-    first: LabelledSet,
-    hard: LabelledSet,
-    mentions: LabelledSet,
+    selection: LabelledSet,
+    confirmation: LabelledSet,
+    lexical: LabelledSet | None,
+    neutral: Mapping[str, csr_array] | None,
     nearest: Mapping[str, Int[np.ndarray, "concepts neighbours"]],
     concepts: Sequence[str],
     families: Sequence[str],
+    *,
     k: int = 16,
     q: float = 0.05,
+    candidates: int = 10,
+    ks: Sequence[int] = KS,
+    draws: int = 1000,
+    seed: int = 0,
+    verdicts_only: bool = False,
 ) -> AlignResult:
     """Run the protocol.
 
     Args:
-        first: everything is chosen on this set.
-        hard: verdicts are confirmed on this set, once.
-        mentions: texts with the concept's word and without the feeling. `topics` number the
-            mentions of a concept: the first half of the numbers chooses, the second half tests.
-        nearest: by site, the five concepts nearest to each, by contrastive vectors of the first
-            set.
+        selection: everything is chosen on this set.
+        confirmation: verdicts are confirmed on this set, once.
+        lexical: texts with a concept's word and without the concept, if a lexical control is to be
+            run: the first half of the topics chooses, the second half tests.
+        neutral: by view, latents of texts that stand for no concept.
+        nearest: by view, the concepts nearest to each, by contrastive vectors of the selection set.
         concepts: names, in the order of the labels.
         families: the family of each concept.
         k: latents in a set.
         q: false-discovery rate of steps 5, 6 and 9.
+        candidates: latents of each concept to describe.
+        ks: sizes of sets on the curve of step 13; those above the number of latents are left out.
+        draws: of each bootstrap.
+        seed: of the bootstraps.
+        verdicts_only: leave out what no verdict rests on: candidates, cross and curve are empty,
+            the reverse run is None, and figures that cannot be None are NaN.
 
     Raises:
         UserError: a set on which the protocol cannot be run.
     """
-    _check("hard set", hard, concepts)
-    _check("mentions", mentions, concepts)
-    fits = selection.select(first, len(concepts), k)
+    check_concepts(concepts, nearest, selection)
+    check(selection, k, concepts)
+    check_confirmation(confirmation.labels, concepts)
+    check_lexical(None if lexical is None else lexical.labels)
+    fits = select(selection, k, concepts)
     chosen = fits[0].selection
-    rivals = nearest[chosen.site]
-    singles, sets = confirm(chosen, hard, rivals, q)
-    lexical = lexical_control(chosen, mentions)
-    rejected = int((singles.q <= q).sum() + (sets.q <= q).sum())
-    topics, sizes = np.unique(hard.topics, return_counts=True)
-    level = q * max(rejected, 1) / (2 * len(concepts))
-    detectable = scores.detectable_auroc(len(topics), int(np.median(sizes)), level)
-    latents = hard.latents[chosen.site][:, chosen.latent].toarray()
-    firing = np.count_nonzero(latents, axis=0) / len(latents)
-    alignments = [
+    rivals = nearest[chosen.view]
+    singles, sets = confirm(chosen, confirmation, rivals, q)
+    nothing = describe.nothing_beside(len(concepts))
+    single_beside, set_beside = nothing, nothing
+    if not verdicts_only:
+        others = (None, None) if neutral is None else score(chosen, neutral[chosen.view])
+        single_beside, set_beside = (
+            describe.beside(confirmed, families, values, draws, seed)
+            for confirmed, values in zip((singles, sets), others, strict=True)
+        )
+    x = confirmation.latents[chosen.view]
+    evidence = Evidence(
+        fits,
+        singles,
+        sets,
+        rivals,
+        firing_rates(x, chosen.latent),
+        detectable(confirmation.labels, level_of(singles, sets, q)),
+        (single_beside, set_beside),
+        None if lexical is None else lexical_control(chosen, lexical),
+        None if verdicts_only else reverse(selection, confirmation, chosen.view, k),
+    )
+    rows = alignment_rows(evidence, concepts, families, q)
+    result = AlignResult(
+        rows,
+        set_members(chosen, concepts),
+        site_choices(fits),
+        [],
+        [],
+        [],
+        rejections(singles, sets, q),
+        fits,
+        singles,
+        sets,
+    )
+    if verdicts_only:
+        return result
+    return result._replace(
+        candidates=describe.candidate_rows(
+            selection, confirmation, chosen.view, concepts, candidates
+        ),
+        cross=describe.cross_rows(singles.scores, confirmation.labels, concepts),
+        curve=describe.curve_rows(selection, confirmation, chosen.view, ks),
+    )
+
+
+def check_concepts(
+    concepts: Sequence[str],
+    nearest: Mapping[str, Int[np.ndarray, "concepts neighbours"]],
+    texts: LabelledSet,
+) -> None:
+    """Refuse one concept alone, which nothing can be specific for.
+
+    Raises:
+        UserError: fewer than two concepts.
+    """
+    if len(concepts) < 2:
+        raise UserError(
+            f"there is one concept, {concepts[0]!r}, and a latent is tested against the concepts "
+            "nearest to it: give at least one more concept with texts"
+        )
+    assert texts.labels.n_concepts == len(concepts), "labels are of other concepts"
+    assert texts.latents.keys() <= nearest.keys(), "a view without nearest concepts"
+
+
+def check_confirmation(labels: Labels, concepts: Sequence[str]) -> None:
+    """Refuse a confirmation set on which some concept can't be tested.
+
+    Raises:
+        UserError: a concept without texts, or none whose topic has a text of something else.
+    """
+    missing = np.flatnonzero(labels.counts == 0)
+    if len(missing):
+        many = few_texts(missing, labels, concepts)
+        raise UserError(
+            f"the confirmation set has no text of {many}: add some or leave the concepts out; "
+            + enough(len(concepts))
+        )
+    alone = np.flatnonzero(labels.compared() == 0)
+    if len(alone):
+        raise UserError(
+            f"in the confirmation set no text of {few_texts(alone, labels, concepts)} shares its "
+            "topic with a text of something else, and texts are compared within topics only: leave "
+            "the topics out, or add texts"
+        )
+
+
+def check_lexical(labels: Labels | None) -> None:
+    """Refuse a lexical set that cannot be halved.
+
+    Raises:
+        UserError: fewer than two topics.
+    """
+    if labels is not None and len(np.unique(labels.topics)) < 2:
+        raise UserError(
+            "the lexical set has fewer than two topics: a latent is chosen on the first half of "
+            "them and tested on the second, so give each concept two texts or more, or leave the "
+            "lexical control out"
+        )
+
+
+def rejections(singles: Confirmation, sets: Confirmation, q: float) -> int:
+    """How many tests step 5 rejected."""
+    return int((singles.q <= q).sum() + (sets.q <= q).sum())
+
+
+def level_of(singles: Confirmation, sets: Confirmation, q: float) -> float:
+    """The level at which step 5 rejected a concept by one of its tests, whatever the other says.
+
+    Half of q R / n where R of n concepts have a rejection, and of q / n where none has.
+    """
+    found = int(((singles.q <= q) | (sets.q <= q)).sum())
+    return q * max(found, 1) / (2 * len(singles.p))
+
+
+def firing_rates(
+    x: csr_array, latents: Int[np.ndarray, " concepts"]
+) -> Float[np.ndarray, " concepts"]:
+    """Share of the texts in which each of some latents is not zero."""
+    fired = np.bincount(x.indices[x.data != 0], minlength=x.shape[1])
+    return fired[latents] / max(x.shape[0], 1)
+
+
+def detectable(labels: Labels, level: float) -> Float[np.ndarray, " concepts"]:
+    """Step 10: the AUROC of each concept that its texts would have shown with 80 % power.
+
+    Exact for one text of the concept in each topic, as in the packaged corpus; else by the normal
+    approximation of `inference.needed_positives`. NaN where even a perfect score would not do.
+    """
+    topics, size = np.unique(labels.topics, return_counts=True)
+    compared = labels.compared()
+    group_size = int(np.median(size))
+    one_each = len(topics) * group_size < 1 << 16 and (compared == len(topics)).all()
+    if one_each and (labels.counts == len(topics)).all():
+        same = inference.detectable_auroc(len(topics), group_size, level)
+        return np.full(labels.n_concepts, same)
+    return np.array([_detectable(int(m), len(labels.topics) - int(m), level) for m in compared])
+
+
+@functools.cache
+def _detectable(positives: int, negatives: int, level: float, power: float = 0.8) -> float:
+    """AUROC at which a rank test of one topic rejects at a level with this power."""
+    null = ((positives + negatives + 1) / (12 * positives * negatives)) ** 0.5
+    critical, reach = 0.5 + float(stats.norm.isf(level)) * null, float(stats.norm.ppf(power))
+
+    def surplus(auroc: float) -> float:
+        error = inference.hanley_mcneil(auroc, positives, negatives)
+        return auroc - critical - reach * error
+
+    highest = 1 - 1e-9
+    if surplus(highest) <= 0:
+        return float("nan")
+    return float(optimize.brentq(surplus, 0.5, highest, xtol=1e-6))
+
+
+def alignment_rows(
+    evidence: Evidence, concepts: Sequence[str], families: Sequence[str], q: float
+) -> list[Alignment]:
+    """Verdicts with all their figures."""
+    chosen = evidence.fits[0].selection
+    singles, sets, lexical = evidence.singles, evidence.sets, evidence.lexical
+    positives = singles.labels.counts
+    return [
         Alignment(
             concept=concept,
             family=families[c],
             verdict=verdict(
-                _passes(singles, c, q), _passes(sets, c, q), lexical=bool(lexical.q[c] <= q)
+                _passes(singles, c, q),
+                _passes(sets, c, q),
+                lexical=lexical is not None and bool(lexical.q[c] <= q),
             ),
-            also_lexical=bool(singles.q[c] <= q and lexical.story_q[c] <= q),
+            also_lexical=lexical is not None and bool(singles.q[c] <= q and lexical.own_q[c] <= q),
             site=chosen.site,
+            pooling=chosen.pooling,
             latent=int(chosen.latent[c]),
-            firing=float(firing[c]),
-            **_figures("", fits[0].latent_aurocs[c], singles, c),
-            **_figures("set_", fits[0].set_aurocs[c], sets, c),
-            nearest=tuple(concepts[int(i)] for i in rivals[c]),
-            lexical_latent=int(lexical.latent[c]),
-            lexical_auroc=float(lexical.auroc[c]),
-            lexical_p=float(lexical.p[c]),
-            lexical_q=float(lexical.q[c]),
-            latent_lexical_p=float(lexical.story_p[c]),
-            detectable_auroc=detectable,
+            firing=float(evidence.firing[c]),
+            **_figures("", evidence.fits[0].latent_aurocs[c], singles, evidence.beside[0], c),
+            **_figures("set_", evidence.fits[0].set_aurocs[c], sets, evidence.beside[1], c),
+            nearest=tuple(concepts[int(i)] for i in evidence.rivals[c]),
+            positives=int(positives[c]),
+            **_reverse_figures(evidence.reverse, c),
+            **_lexical_figures(lexical, c),
+            detectable_auroc=float(evidence.detectable[c]),
         )
         for c, concept in enumerate(concepts)
     ]
-    return AlignResult(
-        alignments, _members(chosen, concepts), _sites(fits), rejected, fits[0], singles, sets
-    )
-
-
-def _check(name: str, labelled: LabelledSet, concepts: Sequence[str]) -> None:
-    if len(np.unique(labelled.topics)) < 2:
-        raise UserError(f"the {name} has fewer than two topics, and nothing is tested within one")
-    missing = np.setdiff1d(np.arange(len(concepts)), labelled.labels)
-    if len(missing):
-        names = ", ".join(concepts[int(c)] for c in missing[:3])
-        raise UserError(
-            f"the {name} has no text of {len(missing)} concepts ({names}): "
-            "add some or leave the concepts out"
-        )
 
 
 def _passes(confirmed: Confirmation, concept: int, q: float) -> tuple[bool, bool]:
@@ -156,13 +340,20 @@ def _passes(confirmed: Confirmation, concept: int, q: float) -> tuple[bool, bool
     return bool(confirmed.q[concept] <= q), bool(confirmed.specific_q[concept] <= q)
 
 
+def _known(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
 def _figures(
-    prefix: str, first: Float[np.ndarray, " topics"], confirmed: Confirmation, c: int
+    prefix: str,
+    selection: Float[np.ndarray, " groups"],
+    confirmed: Confirmation,
+    beside: Beside,
+    c: int,
 ) -> dict[str, Any]:
     """The fields of `Alignment` that singles and sets have alike, for concept c."""
-    specific_q = float(confirmed.specific_q[c])
     figures = {
-        "auroc_first": float(np.nanmean(first)),
+        "auroc_selection": float(np.nanmean(selection)) if np.isfinite(selection).any() else np.nan,
         "auroc": float(confirmed.auroc[c]),
         "auroc_low": float(confirmed.interval.low[c]),
         "auroc_high": float(confirmed.interval.high[c]),
@@ -170,12 +361,38 @@ def _figures(
         "q": float(confirmed.q[c]),
         "specific_auroc": float(confirmed.specific_auroc[c]),
         "specific_p": float(confirmed.specific_p[c]),
-        "specific_q": None if np.isnan(specific_q) else specific_q,
+        "specific_q": _known(confirmed.specific_q[c]),
+        "auroc_pooled": float(beside.pooled[c]),
+        "delong_low": float(beside.delong_low[c]),
+        "delong_high": float(beside.delong_high[c]),
+        "bootstrap_low": float(beside.bootstrap_low[c]),
+        "bootstrap_high": float(beside.bootstrap_high[c]),
+        "family_auroc": _known(beside.family[c]),
+        "neutral_auroc": _known(beside.neutral[c]),
     }
     return {prefix + name: value for name, value in figures.items()}
 
 
-def _members(chosen: Selection, concepts: Sequence[str]) -> list[SetMember]:
+def _reverse_figures(run: Reverse | None, c: int) -> dict[str, Any]:
+    """The fields of step 13."""
+    names = ("reverse_latent", "reverse_auroc", "reverse_q", "reverse_set_auroc", "reverse_set_q")
+    if run is None:
+        return dict.fromkeys(names)
+    latent, *rest = (column[c] for column in run)
+    return dict(zip(names, [int(latent), *map(float, rest)], strict=True))
+
+
+def _lexical_figures(lexical: Lexical | None, c: int) -> dict[str, Any]:
+    """The fields of step 9; None without lexical texts of the concept."""
+    names = ("lexical_latent", "lexical_auroc", "lexical_p", "lexical_q", "latent_lexical_p")
+    if lexical is None or lexical.latent[c] < 0:
+        return dict.fromkeys(names)
+    latent, *rest = (column[c] for column in lexical[:5])
+    return dict(zip(names, [int(latent), *map(float, rest)], strict=True))
+
+
+def set_members(chosen: Selection, concepts: Sequence[str]) -> list[SetMember]:
+    """The latents of every concept's set."""
     return [
         SetMember(concept, chosen.site, rank, int(latent), float(weight))
         for concept, latents, weights in zip(concepts, chosen.members, chosen.weights, strict=True)
@@ -183,100 +400,18 @@ def _members(chosen: Selection, concepts: Sequence[str]) -> list[SetMember]:
     ]
 
 
-def _sites(fits: Sequence[SiteFit]) -> list[SiteChoice]:
-    """One row a site, the chosen one first."""
+def site_choices(fits: Sequence[SiteFit]) -> list[SiteChoice]:
+    """One row a view, the chosen one first."""
     return [
         SiteChoice(
             site=fit.selection.site,
-            latent_auroc_first=float(np.nanmean(fit.latent_aurocs)),
-            set_auroc_first=float(np.nanmean(fit.set_aurocs)),
+            pooling=fit.selection.pooling,
+            latent_auroc_selection=float(np.nanmean(fit.latent_aurocs)),
+            set_auroc_selection=float(np.nanmean(fit.set_aurocs)),
             chosen=fit is fits[0],
         )
         for fit in fits
     ]
-
-
-def confirm(
-    chosen: Selection,
-    hard: LabelledSet,
-    nearest: Int[np.ndarray, "concepts neighbours"],
-    q: float,
-) -> tuple[Confirmation, Confirmation]:
-    """Steps 4 to 6, for single latents and for sets.
-
-    The specificity test is the same exact test, among the texts of a concept and of the concepts
-    nearest to it. Its false-discovery control covers the rejections of step 5.
-    """
-    n = len(nearest)
-    both = selection.score(chosen, hard.latents[chosen.site])
-    own = [_test(values, hard) for values in both]
-    rivals = [np.append(nearest[c], c) for c in range(n)]
-    specific = [_test(values, hard, rivals) for values in both]
-    q_value = scores.benjamini_hochberg(np.concatenate([test.p for test in own])).reshape(2, n)
-    specific_p = np.stack([test.p for test in specific])
-    specific_q = np.full((2, n), np.nan)
-    rejected = q_value <= q
-    specific_q[rejected] = scores.benjamini_hochberg(specific_p[rejected])
-    singles, sets = (
-        Confirmation(
-            aurocs := scores.aurocs_by_group(values, hard.labels, hard.topics),
-            scores.auroc_interval(aurocs),
-            own[i].auroc,
-            own[i].p,
-            q_value[i],
-            specific[i].auroc,
-            specific[i].p,
-            specific_q[i],
-        )
-        for i, values in enumerate(both)
-    )
-    return singles, sets
-
-
-class _Tests(NamedTuple):
-    auroc: Float[np.ndarray, " concepts"]
-    p: Float[np.ndarray, " concepts"]
-
-
-def _test(
-    values: Float[np.ndarray, "texts concepts"],
-    labelled: LabelledSet,
-    rivals: Sequence[Int[np.ndarray, " some"]] | None = None,
-) -> _Tests:
-    """Exact test of column c for concept c, among all texts or those of concepts `rivals[c]`."""
-    tests = []
-    for c, column in enumerate(values.T):
-        rows = np.isin(labelled.labels, rivals[c]) if rivals else slice(None)
-        labels, topics = labelled.labels[rows], labelled.topics[rows]
-        tests.append(scores.exact_p(column[rows], labels == c, topics))
-    return _Tests(np.array([t.auroc for t in tests]), np.array([t.p for t in tests]))
-
-
-def lexical_control(chosen: Selection, mentions: LabelledSet) -> Lexical:
-    """Step 9: does a latent fire on the word without the feeling, and does the story latent?
-
-    A latent is chosen on the first half of the mentions at the selection's site and tested on the
-    second half; so is the latent that was chosen on stories. Mention i of a concept is compared
-    with mentions i of the others.
-    """
-    x = mentions.latents[chosen.site]
-    numbers = np.unique(mentions.topics)
-    choosing = mentions.topics < numbers[len(numbers) // 2]
-    ranks = scores.within_group_ranks(x[choosing], mentions.topics[choosing])
-    labels = mentions.labels[choosing]
-    latent = selection.top_latents(ranks, labels, len(chosen.members), k=1)[:, 0]
-    rest = LabelledSet(
-        {chosen.site: x[~choosing]},
-        mentions.labels[~choosing],
-        mentions.topics[~choosing],
-        mentions.writers[~choosing],
-    )
-    own, story = (
-        _test(rest.latents[chosen.site][:, latents].toarray(), rest)
-        for latents in (latent, chosen.latent)
-    )
-    bh = scores.benjamini_hochberg
-    return Lexical(latent, own.auroc, own.p, bh(own.p), story.p, bh(story.p))
 
 
 def verdict(single: tuple[bool, bool], set_: tuple[bool, bool], lexical: bool) -> Verdict:
@@ -292,11 +427,7 @@ def verdict(single: tuple[bool, bool], set_: tuple[bool, bool], lexical: bool) -
 
 def shuffled(labelled: LabelledSet, rng: np.random.Generator) -> LabelledSet:
     """The same texts with labels shuffled within each topic: no concept is left to be found."""
-    labels = labelled.labels.copy()
-    for topic in np.unique(labelled.topics):
-        rows = np.flatnonzero(labelled.topics == topic)
-        labels[rows] = labels[rng.permutation(rows)]
-    return replace(labelled, labels=labels)
+    return labelled.relabelled(labelled.labels.shuffled(rng))
 
 
 def tally(labels: str, result: AlignResult) -> Control:

@@ -1,18 +1,18 @@
 """The verdict protocol on planted worlds whose answers are known."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from scipy import stats
 from scipy.sparse import csr_array
 
-from discovery import align as protocol
-from discovery.align import align, confirm, lexical_control, shuffled, tally, verdict
+from discovery import inference
+from discovery.align import align, shuffled, tally, verdict
+from discovery.confirm import confirm, lexical_control
+from discovery.labels import single
 from discovery.selection import LabelledSet, select
 from saes.errors import UserError
 
-SITE, DEAF_SITE = "blocks.3.hook_resid_post", "blocks.1.hook_resid_post"
+VIEW, DEAF_VIEW = "blocks.3.hook_resid_post@rule", "blocks.1.hook_resid_post@mean"
 FAMILY = 6  # concepts of a family; a concept's five nearest are the rest of it
 N = 5 * FAMILY
 LATENTS = 240
@@ -38,7 +38,7 @@ def planted(rng: np.random.Generator, topics: range, kind: str) -> LabelledSet:
     x[np.ix_((labels == SPREAD) & stories, np.arange(30, 50))] += 1.1
     latents = csr_array(np.maximum(x, 0).astype(np.float32))
     noise = csr_array(np.maximum(rng.normal(-0.5, 1, x.shape), 0).astype(np.float32))
-    return LabelledSet({DEAF_SITE: noise, SITE: latents}, labels, topic, topic // 2)
+    return LabelledSet({DEAF_VIEW: noise, VIEW: latents}, single(labels, N, topic, topic // 2))
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +49,11 @@ def world() -> dict:
         [[m for m in range(N) if m // FAMILY == c // FAMILY and m != c] for c in range(N)]
     )
     return {
-        "first": planted(rng, range(12), "stories"),
-        "hard": planted(rng, range(12, 24), "stories"),
-        "mentions": planted(rng, range(8), "mentions"),
-        "nearest": {SITE: near, DEAF_SITE: near},
+        "selection": planted(rng, range(12), "stories"),
+        "confirmation": planted(rng, range(12, 24), "stories"),
+        "lexical": planted(rng, range(8), "lexical"),
+        "neutral": None,
+        "nearest": {VIEW: near, DEAF_VIEW: near},
         "concepts": [f"c{c}" for c in range(N)],
         "families": [f"family {c // FAMILY}" for c in range(N)],
         "k": 8,
@@ -61,14 +62,15 @@ def world() -> dict:
 
 @pytest.fixture(scope="module")
 def result(world):
-    return align(**world)
+    return align(**world, verdicts_only=True)
 
 
-def test_the_site_that_hears_is_chosen(result):
-    assert [(s.site, s.chosen) for s in result.sites] == [(SITE, True), (DEAF_SITE, False)]
-    assert result.sites[0].set_auroc_first > result.sites[1].set_auroc_first + 0.05
-    assert abs(result.sites[1].set_auroc_first - 0.5) < 0.05
-    assert {row.site for row in result.alignments} == {SITE}
+def test_the_view_that_hears_is_chosen(result):
+    views = [(f"{s.site}@{s.pooling}", s.chosen) for s in result.sites]
+    assert views == [(VIEW, True), (DEAF_VIEW, False)]
+    assert result.sites[0].set_auroc_selection > result.sites[1].set_auroc_selection + 0.05
+    assert abs(result.sites[1].set_auroc_selection - 0.5) < 0.05
+    assert {f"{row.site}@{row.pooling}" for row in result.alignments} == {VIEW}
 
 
 def test_planted_features_are_found(result):
@@ -79,7 +81,7 @@ def test_planted_features_are_found(result):
         assert row.auroc_low < row.auroc <= row.auroc_high
         assert row.auroc > 0.9
         assert row.specific_auroc > 0.9
-        assert row.auroc_first > 0.9
+        assert row.auroc_selection > 0.9
 
 
 def test_a_latent_that_fires_on_the_word_only_is_lexical_only(result):
@@ -114,31 +116,27 @@ def test_nothing_else_is_found(result):
     assert tally("true", result).not_found == len(rest)
 
 
-def test_power_is_stated_at_the_level_that_benjamini_hochberg_used(result):
-    level = 0.05 * result.rejected / (2 * N)
-    expected = protocol.scores.detectable_auroc(12, N, level)
+def test_power_is_stated_at_the_level_of_one_test_of_a_concept(result):
+    passed = np.array([(row.q <= 0.05, row.set_q <= 0.05) for row in result.alignments])
+    assert passed.sum() == result.rejected
+    level = 0.05 * passed.any(1).sum() / (2 * N)
+    expected = inference.detectable_auroc(12, N, level)
     assert {row.detectable_auroc for row in result.alignments} == {expected}
-    rejected = [row.p for row in result.alignments if row.q <= 0.05]
-    rejected += [row.set_p for row in result.alignments if row.set_q <= 0.05]
-    assert len(rejected) == result.rejected
-    assert max(rejected) <= level
+    p = np.array([(row.p, row.set_p) for row in result.alignments])
+    assert p[passed].max() <= 2 * level
+    assert (passed.any(1) >= (p <= level).any(1)).all()
 
 
 def test_order_of_rows_does_not_matter(world, result):
     rng = np.random.default_rng(5)
 
     def reordered(labelled: LabelledSet) -> LabelledSet:
-        rows = rng.permutation(len(labelled.labels))
-        return LabelledSet(
-            {site: x[rows] for site, x in labelled.latents.items()},
-            labelled.labels[rows],
-            labelled.topics[rows],
-            labelled.writers[rows],
-        )
+        rows = rng.permutation(len(labelled.labels.topics))
+        latents = {view: csr_array(x[rows]) for view, x in labelled.latents.items()}
+        return LabelledSet(latents, labelled.labels.rows(rows))
 
-    again = align(
-        **world | {name: reordered(world[name]) for name in ("first", "hard", "mentions")}
-    )
+    names = ("selection", "confirmation", "lexical")
+    again = align(**world | {n: reordered(world[n]) for n in names}, verdicts_only=True)
     for row, expected in zip(again.alignments, result.alignments, strict=True):
         assert (row.verdict, row.latent, row.p, row.set_p, row.lexical_p) == (
             expected.verdict,
@@ -152,11 +150,12 @@ def test_order_of_rows_does_not_matter(world, result):
         assert member.weight == pytest.approx(expected.weight, abs=1e-9)
 
 
-def test_labels_of_the_hard_set_and_of_mentions_never_reach_the_selection(world, result):
+def test_labels_of_other_sets_never_reach_the_selection(world, result):
     rng = np.random.default_rng(2)
-    others = {name: shuffled(world[name], rng) for name in ("hard", "mentions")}
-    assert (others["hard"].labels != world["hard"].labels).any()
-    again = align(**world | others)
+    others = {name: shuffled(world[name], rng) for name in ("confirmation", "lexical")}
+    before, after = (x["confirmation"].labels.dense() for x in (world, others))
+    assert (before != after).any()
+    again = align(**world | others, verdicts_only=True)
     for got, expected in zip(again.fit.selection, result.fit.selection, strict=True):
         np.testing.assert_array_equal(got, expected)
     np.testing.assert_array_equal(again.fit.set_aurocs, result.fit.set_aurocs)
@@ -165,29 +164,65 @@ def test_labels_of_the_hard_set_and_of_mentions_never_reach_the_selection(world,
     assert again.rejected == 0
 
 
-def test_swapping_two_labels_of_the_hard_set_flips_their_scores(world, result):
-    """On the texts of the pair alone, AUROC becomes one minus AUROC, and neither is found."""
-    hard = world["hard"]
-    swap = np.arange(N)
-    swap[[0, 1]] = [1, 0]
-    pair = np.repeat([[1], [0]], [1, 1], axis=0)
-    chosen = result.fit.selection._replace(
-        members=result.fit.selection.members[:2], weights=result.fit.selection.weights[:2]
-    )
-    before, _ = confirm(chosen, hard, pair, 0.05)
-    after, _ = confirm(chosen, replace(hard, labels=swap[hard.labels]), pair, 0.05)
-    np.testing.assert_allclose(after.specific_auroc, 1 - before.specific_auroc, atol=1e-12)
-    assert (before.specific_p < 0.001).all()
-    assert (after.specific_p > 0.99).all()
-    again = align(**world | {"hard": replace(hard, labels=swap[hard.labels])})
+def swapped(labelled: LabelledSet, a: int, b: int) -> LabelledSet:
+    """The same texts with the labels of two concepts exchanged."""
+    order = np.arange(N)
+    order[[a, b]] = [b, a]
+    return labelled.relabelled(labelled.labels.columns(order))
+
+
+def test_swapping_two_labels_of_the_confirmation_set_flips_their_scores(world, result):
+    """On the texts of the pair alone, AUROC becomes one less AUROC, and neither is found."""
+    confirmation = world["confirmation"]
+    near = np.roll(np.arange(N), 1)[:, None]
+    near[:2] = [[1], [0]]
+    before, _ = confirm(result.fit.selection, confirmation, near, 0.05)
+    after, _ = confirm(result.fit.selection, swapped(confirmation, 0, 1), near, 0.05)
+    np.testing.assert_allclose(after.specific_auroc[:2], 1 - before.specific_auroc[:2], atol=1e-12)
+    assert (before.specific_p[:2] < 0.001).all()
+    assert (after.specific_p[:2] > 0.99).all()
+    again = align(**world | {"confirmation": swapped(confirmation, 0, 1)}, verdicts_only=True)
     assert not {again.alignments[c].verdict for c in (0, 1)} & {"found", "found as a set"}
+
+
+def test_confirmation_is_the_rank_test_of_each_concept(world, result):
+    labels, singles = world["confirmation"].labels, result.singles
+    near = world["nearest"][VIEW]
+    for c in (0, LEXICAL, SPREAD):
+        positive = labels.of(c)
+        own = inference.rank_test(singles.scores[:, c], positive, labels.topics)
+        assert (singles.auroc[c], singles.p[c]) == (pytest.approx(own.auroc), own.p)
+        rows = labels.dense()[:, [c, *near[c]]].any(1)
+        among = inference.rank_test(singles.scores[rows, c], positive[rows], labels.topics[rows])
+        assert (singles.specific_auroc[c], singles.specific_p[c]) == (among.auroc, among.p)
+
+
+def test_without_lexical_texts_nothing_is_lexical(world, result):
+    without = align(**world | {"lexical": None}, verdicts_only=True)
+    for row, expected in zip(without.alignments, result.alignments, strict=True):
+        assert row.lexical_latent is row.lexical_p is row.lexical_q is row.latent_lexical_p is None
+        assert not row.also_lexical
+        other = "not found" if expected.verdict == "lexical only" else expected.verdict
+        assert row.verdict == other
+
+
+def test_concepts_without_lexical_texts_have_no_lexical_figures(world, result):
+    lexical = world["lexical"]
+    rows = ~lexical.labels.of(BOTH)
+    latents = {view: csr_array(x[rows]) for view, x in lexical.latents.items()}
+    got = lexical_control(result.fit.selection, LabelledSet(latents, lexical.labels.rows(rows)))
+    assert got.latent[BOTH] == -1
+    assert np.isnan(got.q[BOTH])
+    assert got.q[LEXICAL] <= 0.05
+    assert np.isnan(np.delete(got.p, BOTH)).sum() == 0
 
 
 def small(rng: np.random.Generator, topics: range) -> LabelledSet:
     n = 12 * len(topics)
     x = np.maximum(rng.normal(-0.3, 1, (n, 80)) + rng.normal(0, 0.5, (n, 1)), 0)
     topic = np.repeat(np.array(topics), 12)
-    return LabelledSet({SITE: csr_array(x)}, np.tile(np.arange(12), len(topics)), topic, topic // 2)
+    labels = single(np.tile(np.arange(12), len(topics)), 12, topic, topic // 2)
+    return LabelledSet({VIEW: csr_array(x)}, labels)
 
 
 def test_noise_yields_no_more_discoveries_than_the_false_discovery_rate_allows():
@@ -197,13 +232,14 @@ def test_noise_yields_no_more_discoveries_than_the_false_discovery_rate_allows()
     testing on the same texts would give discoveries in every run.
     """
     rng = np.random.default_rng(0)
-    first, hard, mentions = (small(rng, range(t)) for t in (6, 8, 8))
-    nearest = {SITE: (np.arange(12)[:, None] + np.arange(1, 6)) % 12}
+    sets = [small(rng, range(t)) for t in (6, 8, 8)]
+    nearest = {VIEW: (np.arange(12)[:, None] + np.arange(1, 6)) % 12}
     names = [f"c{c}" for c in range(12)]
     runs, stories, words = 40, 0, 0
     for _ in range(runs):
-        sets = (shuffled(labelled, rng) for labelled in (first, hard, mentions))
-        counts = tally("shuffled", align(*sets, nearest, names, names, k=4))
+        noise = [shuffled(labelled, rng) for labelled in sets]
+        result = align(*noise, None, nearest, names, names, k=4, verdicts_only=True)
+        counts = tally("shuffled", result)
         assert counts.found + counts.found_as_a_set + counts.found_for_the_family <= counts.rejected
         stories += counts.rejected > 0
         words += counts.lexical_only > 0
@@ -219,28 +255,20 @@ def test_testing_where_one_selected_would_be_caught():
     first = small(rng, range(6))
     for _ in range(3):
         noise = shuffled(first, rng)
-        _, sets = confirm(select(noise, 12, k=4)[0].selection, noise, nearest, 0.05)
+        _, sets = confirm(select(noise, 4)[0].selection, noise, nearest, 0.05)
         assert (sets.q <= 0.05).any()
 
 
-def test_shuffling_keeps_the_labels_of_each_topic(world):
-    hard = world["hard"]
-    mixed = shuffled(hard, np.random.default_rng(0))
-    assert (mixed.labels != hard.labels).mean() > 0.9
-    for topic in np.unique(hard.topics):
-        rows = hard.topics == topic
-        np.testing.assert_array_equal(np.sort(mixed.labels[rows]), np.sort(hard.labels[rows]))
-    assert mixed.latents is hard.latents
-
-
-def test_lexical_control_chooses_and_tests_on_different_mentions(world, result):
-    mentions = world["mentions"]
+def test_lexical_control_chooses_and_tests_on_different_texts(world, result):
+    lexical = world["lexical"]
     chosen = result.fit.selection
-    expected = lexical_control(chosen, mentions)
-    tested = mentions.topics >= 4
-    other = mentions.labels.copy()
-    other[tested] = shuffled(mentions, np.random.default_rng(0)).labels[tested]
-    got = lexical_control(chosen, replace(mentions, labels=other))
+    expected = lexical_control(chosen, lexical)
+    tested = lexical.labels.topics >= 4
+    other = lexical.labels.dense()
+    mixed = shuffled(lexical, np.random.default_rng(0)).labels.dense()
+    other[tested] = mixed[tested]
+    labels = lexical.labels._replace(concepts=csr_array(other))
+    got = lexical_control(chosen, lexical.relabelled(labels))
     np.testing.assert_array_equal(got.latent, expected.latent)
     assert expected.p[LEXICAL] < 1e-4 < got.p[LEXICAL]
 
@@ -264,15 +292,39 @@ def test_verdicts(single, set_, lexical, expected):
 
 
 def test_sets_that_cannot_be_tested_are_refused(world):
-    hard = world["hard"]
-    without = hard.labels != 3
-    partial = LabelledSet(
-        {site: x[without] for site, x in hard.latents.items()},
-        hard.labels[without],
-        hard.topics[without],
-        hard.writers[without],
+    confirmation, lexical = world["confirmation"], world["lexical"]
+
+    def refused(message: str, **other: object) -> None:
+        with pytest.raises(UserError, match=message):
+            align(**world | other, verdicts_only=True)
+
+    without = confirmation.labels.dense()
+    without[:, 3] = False
+    labels = confirmation.labels._replace(concepts=csr_array(without))
+    refused(
+        r"confirmation set has no text of 1 concept: 'c3' \(0\).* with 80 % power",
+        confirmation=confirmation.relabelled(labels),
     )
-    with pytest.raises(UserError, match=r"hard set has no text of 1 concepts \(c3\)"):
-        align(**world | {"hard": partial})
-    with pytest.raises(UserError, match="mentions has fewer than two topics"):
-        align(**world | {"mentions": replace(hard, topics=np.zeros_like(hard.topics))})
+    labels = confirmation.labels._replace(topics=np.arange(len(without)))
+    refused("shares its topic", confirmation=confirmation.relabelled(labels))
+    labels = lexical.labels._replace(topics=np.zeros_like(lexical.labels.topics))
+    refused("lexical set has fewer than two topics", lexical=lexical.relabelled(labels))
+    first = world["selection"]
+    one = first.relabelled(first.labels.columns(np.array([0])))
+    refused("there is one concept, 'c0'", selection=one, concepts=["c0"], families=["f"])
+
+
+def test_the_lexical_control_halves_unequal_concepts(world, result):
+    """Eight texts of one concept must not leave those of two texts each without a control."""
+    rng = np.random.default_rng(1)
+    concepts = np.array([0] * 8 + [1] * 2 + [2] * 2)
+    numbers = np.concatenate([np.arange(8), np.arange(2), np.arange(2)])
+    chosen = result.fit.selection
+    width = world["confirmation"].latents[chosen.view].shape[1]
+    x = csr_array(rng.exponential(size=(12, width)))
+    few = LabelledSet(
+        {chosen.view: x}, single(concepts, chosen.members.shape[0], numbers, concepts)
+    )
+    lexical = lexical_control(chosen, few)
+    assert np.isfinite(lexical.p[:3]).all()
+    assert np.isnan(lexical.p[3:]).all()
