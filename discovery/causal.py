@@ -12,8 +12,10 @@ controls steering results did not replicate: in one study random directions move
 """
 
 import math
+import re
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,10 +23,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from discovery.corpora import Text
+from discovery.corpora.rows import Text
+from discovery.inference import t_interval
 from discovery.readout import Intervention, Readout, Word, kl, n_tokens, read, word_tokens
 from discovery.records import Effect
-from discovery.scores import t_interval
+from discovery.tfidf import UNSPACED
 from saes.clamp import Mask, add, clamp
 from saes.errors import UserError
 from saes.latents import Dictionary
@@ -62,7 +65,8 @@ def neutral_prompts(
     """Openings of `n` neutral texts, of different topics as far as there are topics.
 
     Each is the longest opening of whole words within `length` tokens (BOS not counted) that ends
-    in a letter, so that any word may follow.
+    in a letter, so that any word may follow. In scripts that do not part words by spaces (Chinese,
+    Japanese, Thai ...) it may end at any character.
 
     Raises:
         UserError: fewer than `n` texts, or no such opening.
@@ -273,6 +277,11 @@ def check_design(
     tokens: int,
     max_tokens: int,
 ) -> None:
+    """Refuse a design that `dose_response` could not run.
+
+    Raises:
+        UserError: a negative dose, fewer than two prompts or controls, or more than `max_tokens`.
+    """
     if min(doses, default=0) < 0:
         raise UserError(f"doses are fractions of the residual norm, 0 or more; got {min(doses)}")
     if min(n_prompts, n_controls) < 2:
@@ -293,17 +302,25 @@ def _words(lm: LM, targets: Sequence[Target]) -> list[list[Word]]:
 
 
 def _opening(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> str:
-    words = text.split()
+    whole = " ".join(text.split())
     best = ""
-    for n in range(1, len(words) + 1):
-        opening = " ".join(words[:n])
-        if len(tokenizer(opening, add_special_tokens=False)["input_ids"]) > length:
+    for end in _ends(whole):
+        if len(tokenizer(whole[:end], add_special_tokens=False)["input_ids"]) > length:
             break
-        if opening[-1].isalpha():
-            best = opening
+        best = whole[:end]
     if not best:
         raise UserError(
             f"no word of the neutral text {text[:40]!r} ends within {length} tokens: "
             "use longer prompts"
         )
     return best
+
+
+def _ends(text: str) -> Iterator[int]:
+    """Where a word ends in a letter; between words without spaces, after any letter."""
+    for end in range(1, len(text) + 1):
+        last, after = text[end - 1], text[end : end + 1]
+        letter = last.isalpha() or unicodedata.category(last) in ("Mn", "Mc")
+        split = unicodedata.category(after)[0] != "M" if after else True
+        if letter and split and (after in ("", " ") or re.match(f"[{UNSPACED}]", last)):
+            yield end

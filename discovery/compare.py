@@ -31,6 +31,7 @@ class Pick(NamedTuple):
     members: Sequence[tuple[int, float]]
     """(latent, weight) of the set's score."""
     ceiling: float
+    """NaN where unknown, as for a concept with texts of one topic only."""
 
 
 def compare(

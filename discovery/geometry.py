@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
+from discovery.captured import pooling_of, site_of
 from discovery.concepts import Concept
 from discovery.contrast import Reliability
 from discovery.records import Geometry, Vector
@@ -115,10 +116,11 @@ def correlate(
     return Correlation(float(result.statistic), float(interval.low), float(interval.high), len(x))
 
 
-def geometry_rows(site: str, components: Components, norms: Sequence[Norm]) -> list[Geometry]:
+def geometry_rows(view: str, components: Components, norms: Sequence[Norm]) -> list[Geometry]:
     """One row for each component and norm; a norm with too few rated concepts has none."""
+    place = site_of(view), pooling_of(view)
     return [
-        Geometry(site, norm.name, norm.source, i + 1, *correlation, float(share))
+        Geometry(*place, norm.name, norm.source, i + 1, *correlation, float(share))
         for norm in norms
         for i, share in enumerate(components.shares)
         if (correlation := correlate(components.scores[:, i], norm.values)) is not None
@@ -126,7 +128,7 @@ def geometry_rows(site: str, components: Components, norms: Sequence[Norm]) -> l
 
 
 def vector_rows(
-    site: str,
+    view: str,
     names: Sequence[str],
     vectors: Float[np.ndarray, "concepts d_model"],
     mean_norm: float,
@@ -136,17 +138,17 @@ def vector_rows(
     """One row for each concept; lengths and scores are fractions of the mean residual norm.
 
     Args:
-        site: where the vectors live.
+        view: site and pooling of the vectors.
         names: concept of each row.
         vectors: contrastive vectors.
         mean_norm: mean residual norm at the site, so that sites and models can be compared.
-        reliability: of the vectors.
+        reliability: of the vectors; NaN where unknown.
         components: at least two principal components of `vectors`.
     """
     norms = np.linalg.norm(vectors, axis=1) / mean_norm
     plane = components.scores[:, :2] / mean_norm
     columns = (norms, reliability.reliability, reliability.ceiling, plane[:, 0], plane[:, 1])
     return [
-        Vector(name, site, *(float(column[i]) for column in columns))
+        Vector(name, site_of(view), pooling_of(view), *(float(column[i]) for column in columns))
         for i, name in enumerate(names)
     ]

@@ -1,52 +1,54 @@
 """Dense readers of residuals: contrastive vectors, and a linear probe.
 
 A fit takes texts and their labels and returns a reader, which scores other texts for every concept.
-Of those scores only the order of the texts, for one concept within one topic, means anything. numpy
-and scipy only.
+Of those scores only the order of the texts, for one concept within one topic, means anything.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 
-from discovery import scores
-from discovery.contrast import contrastive_vectors
+from discovery.contrast import averages, neutral_axes, outside
+from discovery.labels import Labels
+from discovery.ranks import centred
+from saes.errors import UserError
 
 Residuals = Float[np.ndarray, "texts d_model"]
-Reader = Callable[[np.ndarray], Float[np.ndarray, "texts concepts"]]
+Data = Any
+"""What a reader reads, one text a row: residuals, latents or counts of words."""
+Reader = Callable[[Data], Float[np.ndarray, "texts concepts"]]
+Fit = Callable[[Data, Labels], Reader]
+
+_FLOOR = 1e-9  # of the variances that whiten, as a share of their mean
 
 
-class Labels(NamedTuple):
-    """The labels of some texts."""
+def cross_fit(fit: Fit, data: Data, labels: Labels) -> Float[np.ndarray, "texts concepts"]:
+    """Score the texts of each fold by a reader that was fitted on those of the other folds.
 
-    concepts: Int[np.ndarray, " texts"]
-    """From 0."""
-    topics: Int[np.ndarray, " texts"]
-    writers: Int[np.ndarray, " texts"]
-    n_concepts: int
-
-    def rows(self, keep: Bool[np.ndarray, " texts"]) -> "Labels":
-        """The labels of some of the texts."""
-        return Labels(self.concepts[keep], self.topics[keep], self.writers[keep], self.n_concepts)
-
-
-Fit = Callable[[np.ndarray, Labels], Reader]
-
-
-def cross_fit(fit: Fit, data: np.ndarray, labels: Labels) -> Float[np.ndarray, "texts concepts"]:
-    """Score each writer's texts by a reader that was fitted on those of the other writers.
+    Folds keep units, so writers and topics, whole (`Labels.folds`).
 
     Args:
         fit: the method.
-        data: what it reads, one item a text along the first axis.
+        data: what it reads.
         labels: the labels of the texts.
+
+    Raises:
+        UserError: a fold that holds all texts of a concept.
     """
-    result = np.empty((len(labels.concepts), labels.n_concepts))
-    for writer in np.unique(labels.writers):
-        own = labels.writers == writer
-        result[own] = fit(data[~own], labels.rows(~own))(data[own])
+    folds = labels.folds()
+    result = np.empty((len(folds), labels.n_concepts))
+    for fold in np.unique(folds):
+        own = folds == fold
+        rest = labels.rows(~own)
+        empty = np.flatnonzero(rest.counts == 0)
+        if len(empty):
+            raise UserError(
+                f"all texts of {len(empty)} concepts (first: number {empty[0]}) are in one fold, "
+                "and no others are left to fit on: add texts of other writers or topics"
+            )
+        result[own] = fit(data[~own], rest)(data[own])
     return result
 
 
@@ -58,16 +60,17 @@ def along(directions: Float[np.ndarray, "concepts d_model"]) -> Reader:
 def concept_means(
     x: Float[np.ndarray, "texts d_model"], labels: Labels
 ) -> Float[np.ndarray, "concepts d_model"]:
-    """Mean of each concept's texts."""
-    return np.stack([x[labels.concepts == c].mean(0) for c in range(labels.n_concepts)])
+    """Mean of each concept's texts; a text with several concepts counts for each."""
+    return np.asarray(averages(labels) @ x)
 
 
 def fit_vectors(neutral: Float[np.ndarray, "neutral_texts d_model"], variance: float = 0.5) -> Fit:
     """A fit of contrastive vectors by the original recipe, given residuals of neutral texts."""
 
+    axes, _ = neutral_axes(neutral, variance)
+
     def fit(x: Residuals, labels: Labels) -> Reader:
-        fitted = contrastive_vectors(x, labels.concepts, labels.n_concepts, neutral, variance)
-        return along(fitted.vectors)
+        return along(outside(axes, x, labels))
 
     return fit
 
@@ -76,25 +79,15 @@ def fit_probe(x: Residuals, labels: Labels) -> Reader:
     """Linear discriminant of each concept against all others: whitened difference of means.
 
     One covariance serves all concepts: that of texts around their topic's mean, shrunken as by
-    Ledoit and Wolf (2004).
-    """
-    residuals = scores.centred(x.astype(np.float64), labels.topics)
-    differences = concept_means(residuals, labels)
-    return along(np.linalg.solve(shrunken_covariance(residuals), differences.T).T)
-
-
-def shrunken_covariance(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "d d"]:
-    """Covariance of centred rows, shrunken to a multiple of the identity.
-
     Ledoit and Wolf (2004), "A well-conditioned estimator for large-dimensional covariance
-    matrices", lemma 3.3: the intensity is the estimated error of the sample covariance as a share
-    of its distance from the target.
+    matrices". Around their topic's mean all texts average zero, so that the mean of a concept's
+    texts points where its difference from the others does.
     """
-    n, d = x.shape
-    sample = x.T @ x / n
-    scale = np.trace(sample) / d
-    distance = (sample**2).sum() - d * scale**2
-    squared = x**2
-    error = ((squared.T @ squared).sum() / n - (sample**2).sum()) / n
-    intensity = min(1.0, error / distance) if distance > 0 else 1.0
-    return (1 - intensity) * sample + intensity * scale * np.eye(d)
+    from sklearn.covariance import ledoit_wolf
+
+    residuals = centred(x.astype(np.float64), labels.topics)
+    covariance, _ = ledoit_wolf(residuals, assume_centered=True)
+    # of residuals that hardly vary, such as embeddings of one and the same token, it is singular
+    floor = _FLOOR * np.trace(covariance) / len(covariance) or 1.0
+    covariance += floor * np.eye(len(covariance))
+    return along(np.linalg.solve(covariance, concept_means(residuals, labels).T).T)

@@ -1,9 +1,11 @@
 """What a model would say next: the log-probability of words, and how far an edit moved the rest.
 
-A word counts whole, with the space before it: the sum over its tokens, each given the prompt and
-the tokens before it (teacher-forced). Under an edit, the word's own positions are edited as well.
+A word counts whole, with the space before it if its script parts words by spaces: the sum over its
+tokens, each given the prompt and the tokens before it (teacher-forced). Under an edit, the word's
+own positions are edited as well.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from discovery.tfidf import UNSPACED
 from saes.clamp import Mask
 from saes.errors import UserError
 from saes.lm.capture import capture
@@ -22,7 +25,7 @@ from saes.lm.model import LM
 from saes.lm.tokens import batches
 
 Word = tuple[int, ...]
-"""Token ids of a word with a space before it."""
+"""Token ids of a word, with a space before it if its script parts words by spaces."""
 
 Intervention = Callable[[Mask], Edit]
 """Makes the edit for a batch, given where its content tokens are (not BOS, not padding)."""
@@ -40,22 +43,24 @@ class Readout(NamedTuple):
 
 
 def word_tokens(tokenizer: PreTrainedTokenizerBase, word: str) -> Word:
-    """Token ids of ` word` as it stands inside a text.
+    """Token ids of ` word` as it stands inside a text; in Chinese, Japanese, Thai ... of `word`.
 
     Raises:
-        UserError: the tokenizer joins words across a space, so that the word has no tokens of
-            its own.
+        UserError: the tokenizer joins words across a space, or with the mark before them, so that
+            the word has no tokens of its own.
     """
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    # Some tokenizers treat the start of a text apart, so the word is read off after another one.
-    before, both = ids("the"), ids(f"the {word}")
+    # Some tokenizers treat the start of a text apart, so the word is read off after another one;
+    # where no space parts words, after a full stop, since it would join the letters of another one.
+    opening, gap = ("。", "") if re.match(f"[{UNSPACED}]", word) else ("the", " ")
+    before, both = ids(opening), ids(f"{opening}{gap}{word}")
     if both[: len(before)] != before or len(both) == len(before):
         raise UserError(
-            f"the tokenizer has no tokens for {word!r} alone after another word; "
-            "use a model whose tokenizer splits at spaces"
+            f"the tokenizer has no tokens for {word!r} alone after {opening!r}; "
+            "use a model whose tokenizer splits there"
         )
     return tuple(both[len(before) :])
 

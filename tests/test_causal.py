@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from discovery.causal import (
     Target,
@@ -14,7 +16,7 @@ from discovery.causal import (
     neutral_prompts,
     planned_tokens,
 )
-from discovery.corpora import Text
+from discovery.corpora.rows import Text
 from saes.errors import UserError
 from saes.pretrained import load_sae
 
@@ -240,7 +242,7 @@ def text(topic, number, content):
     return Text(
         id=f"neutral/{topic}/{number}",
         text=content,
-        concept="",
+        concepts=(),
         topic=topic,
         set="neutral",
         writer="",
@@ -281,3 +283,35 @@ def test_prompts_are_openings_of_different_topics(tiny_tokenizer):
         neutral_prompts(marked, tiny_tokenizer, 13, length=40)
     with pytest.raises(UserError, match="ends within 1 tokens"):
         neutral_prompts(marked, tiny_tokenizer, 1, length=1)
+
+
+@pytest.fixture(scope="module")
+def characters():
+    """A tokenizer whose tokens are characters."""
+    tokenizer = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("content", "length", "expected"),
+    [
+        ("门开着、没有人打扫过。", 5, "门开着、没"),
+        ("门开着、没有人打扫过。", 4, "门开着"),
+        ("ドアは開いて", 3, "ドアは"),
+        ("ฉันดีใจมาก", 7, "ฉันดีใจ"),
+        ("ฉันดีใจมาก", 5, "ฉันดี"),
+        ("ฉันดีใจมาก", 4, "ฉัน"),  # not between a letter and its vowel sign
+        ("वह घर है", 4, "वह"),
+        ("वह घर है आज", 8, "वह घर है"),  # a word may end in a vowel sign
+        ("The door, open", 13, "The"),
+    ],
+)
+def test_prompts_in_any_script(characters, content, length, expected):
+    assert neutral_prompts([text("t", 0, content)], characters, 1, length) == [expected]
+
+
+@pytest.mark.parametrize("content", ["。。。", "12 34", "ดี"])
+def test_texts_without_an_opening_are_refused(characters, content):
+    with pytest.raises(UserError, match="ends within 1 tokens: use longer prompts"):
+        neutral_prompts([text("t", 0, content)], characters, 1, 1)

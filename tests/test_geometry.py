@@ -97,7 +97,7 @@ def test_rows_hold_every_component_and_norm(vectors):
         ("valence", "vader"),
     ]
     components = principal_components(vectors, [norms[0].values, norms[1].values])
-    rows = geometry_rows("blocks.1.hook_resid_post", components, norms)
+    rows = geometry_rows("blocks.1.hook_resid_post@rule", components, norms)
     assert [(r.norm, r.source, r.component, r.n) for r in rows] == [
         ("valence", "glasgow", 1, 20),
         ("valence", "glasgow", 2, 20),
@@ -122,7 +122,7 @@ def test_vector_rows_are_in_units_of_the_residual_norm(vectors):
     names = [f"concept {i}" for i in range(20)]
     rows = [
         vector_rows(
-            "blocks.1.hook_resid_post",
+            "blocks.1.hook_resid_post@rule",
             names,
             scale * vectors,
             scale * 8.0,
@@ -146,4 +146,4 @@ def test_two_concepts_and_identical_ones_still_have_a_plane():
     same = principal_components(np.ones((3, 4)))
     np.testing.assert_array_equal(same.shares, [0, 0])
     np.testing.assert_allclose(same.scores, 0)
-    assert geometry_rows("s", same, [Norm("valence", "glasgow", np.arange(3.0))]) == []
+    assert geometry_rows("s@rule", same, [Norm("valence", "glasgow", np.arange(3.0))]) == []

@@ -130,3 +130,12 @@ def test_word_tokens_stand_inside_a_text(tiny_tokenizer):
     joining = fast(Tokenizer(models.BPE()), None, ["the happy"] * 5)
     with pytest.raises(UserError, match="no tokens for 'happy' alone"):
         word_tokens(joining, "happy")
+
+
+@pytest.mark.parametrize("word", ["悲伤", "うれしい", "ดีใจ"])
+def test_words_of_scripts_without_spaces_have_no_space_before_them(word):
+    texts = [f"我{word}。{word}", f"the {word}"] * 5
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = fast(Tokenizer(models.BPE()), split, texts)
+    tokens = tokenizer.convert_ids_to_tokens(word_tokens(tokenizer, word))
+    assert "".join(tokens) == "".join(part for part, _ in split.pre_tokenize_str(word))
