@@ -10,10 +10,21 @@ import pytest
 from safetensors.numpy import save_file
 from scipy.sparse import csr_array, random_array
 
-from discovery.captured import Captured, TextRow, load, save
+from discovery.captured import (
+    EMBEDDING,
+    Captured,
+    TextRow,
+    load,
+    pick,
+    pooling_of,
+    save,
+    site_of,
+    view,
+)
 from saes.errors import UserError
 
-EMBEDDING, SITE = "blocks.0.hook_resid_pre", "blocks.3.hook_resid_post"
+SITE = "blocks.3.hook_resid_post"
+VIEWS = (view(SITE, "rule"), view(SITE, "max"))
 
 
 def example(texts: int = 5) -> Captured:
@@ -21,14 +32,32 @@ def example(texts: int = 5) -> Captured:
     latents = random_array((texts, 40), density=0.2, rng=rng, dtype=np.float32, format="csr")
     return Captured(
         texts=[
-            TextRow(f"t{i}", "first", "at ease", "station", "a", 120 + i, i == 1)
+            row(f"t{i}", "selection", ("at ease",), "station", tokens=120 + i, truncated=i == 1)
             for i in range(texts)
         ],
         residuals={
-            site: rng.normal(size=(texts, 8)).astype(np.float32) for site in (EMBEDDING, SITE)
+            name: rng.normal(size=(texts, 8)).astype(np.float32)
+            for name in (view(EMBEDDING, "rule"), *VIEWS)
         },
-        latents={SITE: csr_array(latents)},
+        latents={name: csr_array(latents * (i + 1)) for i, name in enumerate(VIEWS)},
         norms={EMBEDDING: 1.25, SITE: 1 / 3},
+        pooled={"selection": "mean of the tokens from number 50 on"},
+        controls={f"untrained/{VIEWS[0]}": csr_array(latents[:, :7])},
+    )
+
+
+def row(
+    name: str,
+    kind: str,
+    concepts: tuple[str, ...],
+    topic: str = "",
+    *,
+    writer: str = "",
+    tokens: int = 30,
+    truncated: bool = False,
+) -> TextRow:
+    return TextRow(
+        name, kind, concepts, topic, writer, "packaged", "en", tokens, 1, truncated=truncated
     )
 
 
@@ -41,11 +70,57 @@ def test_a_round_trip_keeps_every_bit(tmp_path: Path) -> None:
     assert after.residuals.keys() == before.residuals.keys()
     for site, residual in before.residuals.items():
         np.testing.assert_array_equal(after.residuals[site], residual, strict=True)
-    assert after.latents.keys() == {SITE}
-    assert after.latents[SITE].shape == (5, 40)
-    np.testing.assert_array_equal(
-        after.latents[SITE].toarray(), before.latents[SITE].toarray(), strict=True
-    )
+    assert after.pooled == before.pooled
+    assert after.latents.keys() == set(VIEWS)
+    assert after.latents[VIEWS[0]].shape == (5, 40)
+    assert after.controls.keys() == before.controls.keys()
+    for old, new in ((before.latents, after.latents), (before.controls, after.controls)):
+        for name, latents in old.items():
+            np.testing.assert_array_equal(new[name].toarray(), latents.toarray(), strict=True)
+    assert not load(tmp_path, controls=False).controls
+
+
+def test_a_capture_without_controls(tmp_path: Path) -> None:
+    before = example()
+    save(tmp_path, Captured(before.texts, before.residuals, before.latents, before.norms))
+    after = load(tmp_path)
+    assert not after.controls
+    assert not after.pooled
+
+
+def test_the_parts_of_a_view() -> None:
+    assert (site_of(VIEWS[1]), pooling_of(VIEWS[1])) == (SITE, "max")
+
+
+def test_pick_compares_texts_by_topic_and_numbered_ones_by_number() -> None:
+    rows = [
+        row("a", "selection", ("calm", "at ease"), "sea", writer="x"),
+        row("b", "lexical", ("calm",)),
+        row("c", "selection", (), "inn", writer="y"),
+        row("d", "lexical", ("at ease",)),
+        row("e", "lexical", ("calm",)),
+        row("f", "selection", ("unknown", "calm"), "sea", writer="y"),
+    ]
+    names = ["at ease", "calm"]
+    selection = pick(rows, "selection", names)
+    assert selection.rows.tolist() == [0, 2, 5]
+    assert selection.labels.dense().tolist() == [[True, True], [False, False], [False, True]]
+    assert selection.labels.topics[0] == selection.labels.topics[2] != selection.labels.topics[1]
+    assert len(set(selection.labels.units.tolist())) == 1  # sea has both writers
+    lexical = pick(rows, "lexical", names)
+    assert lexical.rows.tolist() == [1, 3, 4]
+    assert lexical.labels.topics.tolist() == [0, 0, 1]
+    assert lexical.labels.counts.tolist() == [1, 2]
+    nothing = pick(rows, "situations", names)
+    assert len(nothing.rows) == 0
+    assert nothing.labels.concepts.shape == (0, 2)
+
+
+def test_a_set_without_topics_is_one_topic() -> None:
+    rows = [row(str(i), "selection", ("calm",)) for i in range(3)]
+    labels = pick(rows, "selection", ["calm"]).labels
+    assert len(set(labels.topics.tolist())) == 1
+    assert len(set(labels.units.tolist())) == 3
 
 
 def test_the_same_arrays_give_the_same_bytes(tmp_path: Path) -> None:
@@ -57,8 +132,11 @@ def test_the_same_arrays_give_the_same_bytes(tmp_path: Path) -> None:
         files.append([(p.relative_to(tmp_path / name), p.read_bytes()) for p in paths])
     assert files[0] == files[1]
     assert [str(name) for name, _ in files[0]] == [
-        f"latents/{SITE}.safetensors",
+        f"controls/untrained/{VIEWS[0]}.safetensors",
+        f"latents/{VIEWS[1]}.safetensors",
+        f"latents/{VIEWS[0]}.safetensors",
         "norms.json",
+        "pooled.json",
         "residuals.safetensors",
         "texts.parquet",
     ]
@@ -75,7 +153,13 @@ def test_loading_needs_no_torch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["texts.parquet", "residuals.safetensors", "norms.json", f"latents/{SITE}.safetensors"],
+    [
+        "texts.parquet",
+        "residuals.safetensors",
+        "norms.json",
+        "pooled.json",
+        f"latents/{VIEWS[0]}.safetensors",
+    ],
 )
 def test_a_cut_or_missing_file_is_named(tmp_path: Path, name: str) -> None:
     save(tmp_path, example())
@@ -91,7 +175,7 @@ def test_a_cut_or_missing_file_is_named(tmp_path: Path, name: str) -> None:
 
 def test_a_csr_that_is_none(tmp_path: Path) -> None:
     save(tmp_path, example())
-    path = tmp_path / "latents" / f"{SITE}.safetensors"
+    path = tmp_path / "latents" / f"{VIEWS[0]}.safetensors"
     arrays = {
         "data": np.ones(2, np.float32),
         "indices": np.array([3, 40], np.int32),

@@ -7,20 +7,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from discovery import pooling
-from discovery.captured import Captured, save
-from discovery.corpora import Text
-from discovery.pooling import (
-    EMBEDDING,
-    capture_texts,
-    first_position,
-    pool_latents,
-    pool_residuals,
-    pooled_tokens,
-)
+from discovery.captured import EMBEDDING, Captured, save, site_of, view
+from discovery.corpora.rows import Text
+from discovery.pooling import capture_texts, pool_latents, pool_residuals
 from saes.errors import UserError
 from saes.latents import Dictionary
 from saes.lm.tokens import batches
@@ -33,16 +24,16 @@ PART = "She read the letter twice, folded it, and put it back. Rain came; the la
 
 
 def text(name: str, kind: str, content: str) -> Text:
-    concept = "" if kind == "neutral" else "calm"
-    return Text(name, content, concept, f"topic of {kind}", kind, "a")
+    concepts = () if kind == "neutral" else ("calm", "at ease")
+    return Text(name, content, concepts, kind, f"topic of {kind}", "a", "packaged")
 
 
 # In the tiny tokenizer's tokens the stories and the neutral text have more than 100, the rest less.
 TEXTS = [
-    text("first/1", "first", PART * 3),
-    text("mention", "mentions", "Entry nine: calm."),
-    text("hard/1", "hard", "The door stood open. " * 9),
-    text("first/2", "first", PART[::-1] * 2),
+    text("first/1", "selection", PART * 3),
+    text("mention", "lexical", "Entry nine: calm."),
+    text("hard/1", "confirmation", "The door stood open. " * 9),
+    text("first/2", "selection", PART[::-1] * 2),
     text("situation", "situations", "I counted the coins again, 14 of them."),
     text("neutral", "neutral", "At nine the train left. " * 8),
 ]
@@ -77,31 +68,14 @@ def reference(lm: "LM", dictionaries: list[Dictionary], content: str) -> Referen
     return Reference(residuals, latents)
 
 
-@pytest.mark.parametrize(
-    ("counts", "start"), [([100], 49), ([100, 99], 0), ([250, 101, 180], 49), ([1, 300], 0)]
-)
-def test_the_rule_of_the_fiftieth_token(counts: list[int], start: int) -> None:
-    assert first_position(counts) == start
-
-
-@given(st.data())
-def test_pooled_tokens_counts_content_and_not_positions(data: st.DataObject) -> None:
-    width = data.draw(st.integers(1, 9))
-    rows = data.draw(st.lists(st.lists(st.booleans(), min_size=width, max_size=width), min_size=1))
-    starts = [data.draw(st.integers(0, 5)) for _ in rows]
-    got = pooled_tokens(torch.tensor(rows), torch.tensor(starts))
-    for row, start, mask in zip(rows, starts, got, strict=True):
-        content = [i for i, is_content in enumerate(row) if is_content]
-        assert mask.nonzero().flatten().tolist() == content[start:]
-
-
-def test_mean_residual_of_the_pooled_tokens_alone() -> None:
+def test_residual_of_the_pooled_tokens_alone() -> None:
     resid = torch.arange(24, dtype=torch.float32).reshape(2, 4, 3)
     resid[0, 0] = torch.nan  # padding may hold anything
     pooled = torch.tensor([[False, True, False, True], [False, False, True, False]])
-    expected = torch.stack([(resid[0, 1] + resid[0, 3]) / 2, resid[1, 2]])
-    torch.testing.assert_close(pool_residuals(resid, pooled), expected)
-    half = pool_residuals(resid.bfloat16(), pooled)
+    expected = torch.stack([resid[0, 1] + resid[0, 3], resid[1, 2]])
+    torch.testing.assert_close(pool_residuals(resid, pooled, "sum"), expected)
+    torch.testing.assert_close(pool_residuals(resid, pooled, "max"), resid[[0, 1], [3, 2]])
+    half = pool_residuals(resid.bfloat16(), pooled, "sum")
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, expected)
 
@@ -109,50 +83,54 @@ def test_mean_residual_of_the_pooled_tokens_alone() -> None:
 def test_against_one_text_at_a_time(
     tiny_lm: "LM", dictionaries: list[Dictionary], captured: Captured
 ) -> None:
-    norms: dict[str, list[torch.Tensor]] = {site: [] for site in captured.residuals}
+    norms: dict[str, list[torch.Tensor]] = {site: [] for site in captured.norms}
     for i, item in enumerate(TEXTS):
         alone = reference(tiny_lm, dictionaries, item.text)
-        start = 49 if item.set in ("first", "hard", "neutral") else 0
-        for site, got in captured.residuals.items():
-            expected = alone.residuals[site][start:].mean(0)
+        start = 49 if item.set in ("selection", "confirmation", "neutral") else 0
+        for name, got in captured.residuals.items():
+            expected = alone.residuals[site_of(name)][start:].mean(0)
             np.testing.assert_allclose(got[i], expected, rtol=1e-4, atol=1e-5)
-            norms[site].append(alone.residuals[site].norm(dim=-1))
-        for site, latents in captured.latents.items():
-            expected = alone.latents[site][start:].mean(0)
+            norms[site_of(name)].append(alone.residuals[site_of(name)].norm(dim=-1))
+        for name, latents in captured.latents.items():
+            expected = alone.latents[site_of(name)][start:].mean(0)
             assert expected.count_nonzero() > 8
             np.testing.assert_allclose(latents[[i]].toarray()[0], expected, rtol=1e-4, atol=1e-5)
         row = captured.texts[i]
-        assert (row.id, row.set, row.concept, row.topic, row.writer) == (
-            item.id,
-            item.set,
-            item.concept,
-            item.topic,
-            item.writer,
-        )
+        for name in ("id", "set", "concepts", "topic", "writer", "source", "language"):
+            assert getattr(row, name) == getattr(item, name)
         assert row.tokens == len(alone.residuals[EMBEDDING])
         assert not row.truncated
     assert captured.norms == {
         site: pytest.approx(float(torch.cat(parts).mean()), rel=1e-5)
         for site, parts in norms.items()
     }
-    assert list(captured.residuals) == [
-        EMBEDDING,
-        "blocks.3.hook_resid_pre",
-        "blocks.1.hook_resid_post",
-        "blocks.2.hook_resid_post",
-    ]
-    assert min(row.tokens for row in captured.texts if row.set in ("first", "hard")) >= 100
-    assert captured.latents["blocks.1.hook_resid_post"].dtype == np.float32
+    sites = [EMBEDDING, "blocks.3.hook_resid_pre", *(d.site for d in dictionaries)]
+    assert list(captured.residuals) == [view(site, "rule") for site in sites]
+    assert (
+        min(row.tokens for row in captured.texts if row.set in ("selection", "confirmation")) >= 100
+    )
+    assert captured.latents["blocks.1.hook_resid_post@rule"].dtype == np.float32
+    long = "tokens from number 50 on"
+    assert captured.pooled == {
+        "selection": long,
+        "confirmation": long,
+        "neutral": long,
+        "lexical": "all tokens",
+        "situations": "all tokens",
+    }
 
 
 def assert_same(a: Captured, b: Captured) -> None:
     assert a.texts == b.texts
-    for site in a.residuals:
-        np.testing.assert_allclose(a.residuals[site], b.residuals[site], rtol=1e-4, atol=1e-5)
-        assert a.norms[site] == pytest.approx(b.norms[site], rel=1e-6)
-    for site in a.latents:
-        one, other = a.latents[site].toarray(), b.latents[site].toarray()
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    assert a.norms == pytest.approx(b.norms, rel=1e-6)
+    assert a.residuals.keys() == b.residuals.keys()
+    for name in a.residuals:
+        np.testing.assert_allclose(a.residuals[name], b.residuals[name], rtol=1e-4, atol=1e-5)
+    for old, new in ((a.latents, b.latents), (a.controls, b.controls)):
+        assert old.keys() == new.keys()
+        for name in old:
+            one, other = old[name].toarray(), new[name].toarray()
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 400])
@@ -193,17 +171,20 @@ def test_the_order_of_the_texts_is_kept(
     assert_same(captured, back)
 
 
-def test_latents_in_small_pieces_are_the_same(dictionaries: list[Dictionary]) -> None:
+def test_latents_in_pieces_of_any_size_are_the_same(dictionaries: list[Dictionary]) -> None:
     torch.manual_seed(0)
-    resid = torch.randn(3, 11, 32)
-    pooled = torch.rand(3, 11) > 0.3
-    whole = pool_latents(dictionaries[0], resid, pooled)
-    parts = pool_latents(dictionaries[0], resid, pooled, chunk=4)
-    np.testing.assert_allclose(parts.toarray(), whole.toarray(), rtol=1e-6, atol=1e-7)
-    firing = torch.stack(
-        [(dictionaries[0].encode(r[p]) > 0).any(0) for r, p in zip(resid, pooled, strict=True)]
+    tokens = torch.randn(30, 32)
+    bounds = np.array(
+        [[[0, 11], [11, 14], [14, 14], [14, 30]], [[2, 9], [13, 14], [14, 14], [20, 30]]]
     )
-    np.testing.assert_array_equal(whole.toarray() > 0, firing)
+    z = dictionaries[0].encode(tokens)
+    for chunk in (1, 4, 11, 100, None):
+        got = pool_latents(dictionaries[0], tokens, bounds, ["sum", "max"], chunk)
+        for part, own, way in zip(got, bounds, (torch.sum, torch.amax), strict=True):
+            assert part.dtype == np.float32
+            for row, (a, b) in zip(part.toarray(), own.tolist(), strict=True):
+                expected = way(z[a:b], 0) if a < b else torch.zeros(128)
+                np.testing.assert_allclose(row, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_two_runs_write_the_same_bytes(
@@ -215,7 +196,7 @@ def test_two_runs_write_the_same_bytes(
         save(tmp_path / name, capture_texts(tiny_lm, dictionaries, TEXTS, batch_tokens=400))
         files = sorted(p for p in (tmp_path / name).rglob("*") if p.is_file())
         written.append([p.read_bytes() for p in files])
-    assert len(written[0]) == 5
+    assert len(written[0]) == 6
     assert written[0] == written[1]
 
 
@@ -223,11 +204,12 @@ def test_a_short_story_of_one_set_decides_for_both(
     tiny_lm: "LM", dictionaries: list[Dictionary], captured: Captured
 ) -> None:
     with_short = capture_texts(
-        tiny_lm, dictionaries, [*TEXTS, text("hard/2", "hard", "The door stood open.")]
+        tiny_lm, dictionaries, [*TEXTS, text("hard/2", "confirmation", "The door stood open.")]
     )
-    moved = np.abs(with_short.residuals[EMBEDDING][:-1] - captured.residuals[EMBEDDING]).max(1)
-    stories = [item.set in ("first", "hard") for item in TEXTS]
-    np.testing.assert_array_equal(moved > 1e-3, stories)
+    embedding = view(EMBEDDING, "rule")
+    moved = with_short.residuals[embedding][:-1] - captured.residuals[embedding]
+    stories = [item.set in ("selection", "confirmation") for item in TEXTS]
+    np.testing.assert_array_equal(np.abs(moved).max(1) > 1e-3, stories)
 
 
 def test_texts_longer_than_the_context_are_flagged(tiny_lm: "LM") -> None:

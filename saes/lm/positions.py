@@ -84,12 +84,12 @@ def span(
                 f"span {start}:{end} of text {text} is empty or outside its "
                 f"{len(texts[text])} characters"
             )
-        offsets = _offsets(lm, texts[text], batch.ids[row][batch.attention[row]].tolist(), text)
-        hit = [first < end and last > start for first, last in offsets]
+        places = offsets(lm, texts[text], batch.ids[row][batch.attention[row]].tolist(), text)
+        hit = [first < end and last > start for first, last in places]
         if not any(hit):
             raise UserError(
                 f"no token of text {text} holds its characters {start}:{end}; the text was cut to "
-                f"{len(offsets)} tokens, or the tokenizer leaves them out"
+                f"{len(places)} tokens, or the tokenizer leaves them out"
             )
         mask[row, batch.attention[row]] = torch.tensor(hit, device=mask.device)
     return mask
@@ -108,17 +108,38 @@ def role_colon(
     """
     spans = [(0, 1)] * len(texts)
     for text in batch.rows:
-        found = list(re.finditer(rf"^[ \t]*{re.escape(role)}:", texts[text], re.MULTILINE))
-        if not found:
-            raise UserError(
-                f"text {text} ({texts[text][:40]!r}) has no line that begins with {role + ':'!r}"
-            )
-        spans[text] = (found[-1].end() - 1, found[-1].end())
+        spans[text] = role_span(texts[text], role, text)
     return span(lm, batch, texts, spans)
 
 
-def _offsets(lm: LM, text: str, ids: list[int], number: int) -> Offsets:
-    """Which characters each token holds; (0, 0) for BOS and its like."""
+def role_span(text: str, role: str, name: int | str) -> tuple[int, int]:
+    """The ":" behind the last line of a text that begins with a role: its first and next character.
+
+    Args:
+        name: of the text, for messages.
+
+    Raises:
+        UserError: there is no such line.
+    """
+    found = list(re.finditer(rf"^[ \t]*{re.escape(role)}:", text, re.MULTILINE))
+    if not found:
+        raise UserError(f"text {name} ({text[:40]!r}) has no line that begins with {role + ':'!r}")
+    return found[-1].end() - 1, found[-1].end()
+
+
+def offsets(lm: LM, text: str, ids: list[int], name: int | str) -> Offsets:
+    """Which characters each token holds: the first, and the one after the last.
+
+    Args:
+        ids: token ids of the text, BOS included, or the first of them.
+        name: of the text, for messages.
+
+    Returns:
+        A pair for each id; (0, 0) for BOS and its like.
+
+    Raises:
+        UserError: ids of another text, or a tokenizer without character offsets.
+    """
     if not lm.tokenizer.is_fast:
         raise UserError(
             f"the tokenizer of {lm.name} ({type(lm.tokenizer).__name__}) gives no character "
@@ -128,12 +149,12 @@ def _offsets(lm: LM, text: str, ids: list[int], number: int) -> Offsets:
         coded = cast("Any", lm.tokenizer)(
             text, add_special_tokens=specials, return_offsets_mapping=True, verbose=False
         )
-        made, offsets = list(coded["input_ids"]), [(a, b) for a, b in coded["offset_mapping"]]
+        made, places = list(coded["input_ids"]), [(a, b) for a, b in coded["offset_mapping"]]
         added = len(with_bos(lm, made)) - len(made)
-        made, offsets = with_bos(lm, made), [(0, 0)] * added + offsets[max(0, -added) :]
+        made, places = with_bos(lm, made), [(0, 0)] * added + places[max(0, -added) :]
         if made[: len(ids)] == ids:
-            return offsets[: len(ids)]
+            return places[: len(ids)]
     raise UserError(
-        f"the tokens of text {number} ({text[:40]!r}) are not those in the batch; give the texts "
+        f"the tokens of text {name} ({text[:40]!r}) are not those in the batch; give the texts "
         "that were tokenized, in their order"
     )
