@@ -14,8 +14,7 @@ import struct
 import types
 import typing
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,49 +22,30 @@ from discovery.concepts import Concept
 from discovery.records import (
     VERDICTS,
     Alignment,
+    Candidate,
     Comparison,
     Context,
     Control,
+    Cross,
     Difference,
     Effect,
-    Geometry,
     Label,
+    OutputScore,
     PromotedToken,
     Sae,
     Score,
     SetMember,
-    SiteChoice,
+    TextSet,
     Vector,
 )
+from labeling.results import RECORDS, Results
 from saes.errors import UserError
 
 APPLICATION = 0x454D4154  # "EMAT", in the file's header
-VERSION = 2  # of the tables below
+VERSION = 3  # of the tables below
 FILE = "catalog/catalog.sqlite"  # inside a run folder
 
 Record = TypeVar("Record")
-
-
-@dataclass(frozen=True)
-class Results:
-    """All that a catalog holds; rows are kept in the order given."""
-
-    facts: Mapping[str, str]  # of the run, in the order they are to be shown
-    concepts: Sequence[Concept]
-    alignments: Sequence[Alignment]
-    members: Sequence[SetMember] = ()
-    scores: Sequence[Score] = ()
-    differences: Sequence[Difference] = ()
-    controls: Sequence[Control] = ()
-    site_choices: Sequence[SiteChoice] = ()
-    vectors: Sequence[Vector] = ()
-    geometry: Sequence[Geometry] = ()
-    comparisons: Sequence[Comparison] = ()
-    effects: Sequence[Effect] = ()
-    labels: Sequence[Label] = ()
-    promoted: Sequence[PromotedToken] = ()
-    contexts: Sequence[Context] = ()
-    saes: Sequence[Sae] = ()
 
 
 class ConceptRow(NamedTuple):
@@ -82,6 +62,8 @@ class ConceptPage(NamedTuple):
     row: ConceptRow
     nearest: list[ConceptRow]
     members: list[tuple[SetMember, Label | None, list[str]]]  # with the tokens each raises most
+    candidates: list[tuple[Candidate, Label | None, OutputScore | None]]
+    cross: list[tuple[Cross, ConceptRow]]  # other concepts that its latent recognises best
     scores: list[Score]
     differences: list[Difference]
     vectors: list[Vector]
@@ -146,14 +128,14 @@ def _put(db: sqlite3.Connection, record: type, rows: Iterable[Any]) -> None:
     """Create the table of a record type and fill it."""
     columns, table = _columns(record), _name(record)
     layout = ", ".join(f'"{column.name}" {_SQL[column.kind]}' for column in columns)
-    db.execute(f"CREATE TABLE {table} ({layout}) STRICT")
+    db.execute(f'CREATE TABLE "{table}" ({layout}) STRICT')
     db.executemany(
-        f"INSERT INTO {table} VALUES ({', '.join('?' * len(columns))})",
+        f'INSERT INTO "{table}" VALUES ({", ".join("?" * len(columns))})',
         ([_store(column, getattr(row, column.name)) for column in columns] for row in rows),
     )
     for names in _INDICES:
         if {*names} <= {column.name for column in columns}:
-            db.execute(f"CREATE INDEX {table}_{names[-1]} ON {table} ({', '.join(names)})")
+            db.execute(f'CREATE INDEX {table}_{names[-1]} ON "{table}" ({", ".join(names)})')
 
 
 def _store(column: Column, value: Any) -> Any:
@@ -171,12 +153,12 @@ def _restore(column: Column, stored: Any) -> Any:
 
 
 def _put_contexts(db: sqlite3.Connection, contexts: Iterable[Context]) -> None:
-    db.execute('CREATE TABLE text (id TEXT PRIMARY KEY, "set", concept, topic, tokens TEXT)')
+    db.execute('CREATE TABLE text (id TEXT PRIMARY KEY, "set", concepts, topic, tokens TEXT)')
     db.execute("CREATE TABLE context (site, latent, rank, text_id, peak REAL, shares BLOB)")
     db.execute("CREATE INDEX context_latent ON context (site, latent)")
     for c in contexts:
-        tokens = json.dumps(c.tokens, ensure_ascii=False)
-        text = (c.text_id, c.set, c.concept, c.topic, tokens)
+        tokens, concepts = (json.dumps(x, ensure_ascii=False) for x in (c.tokens, c.concepts))
+        text = (c.text_id, c.set, concepts, c.topic, tokens)
         db.execute("INSERT OR IGNORE INTO text VALUES (?, ?, ?, ?, ?)", text)
         shares = struct.pack(f"<{len(c.activations)}e", *(a / (c.peak or 1) for a in c.activations))
         row = (c.site, c.latent, c.rank, c.text_id, c.peak, shares)
@@ -234,22 +216,9 @@ def build(path: Path, results: Results) -> None:
 
 
 def _records(results: Results) -> list[tuple[type, Sequence[Any]]]:
-    return [
-        (Concept, results.concepts),
-        (Alignment, results.alignments),
-        (SetMember, results.members),
-        (Score, results.scores),
-        (Difference, results.differences),
-        (Control, results.controls),
-        (SiteChoice, results.site_choices),
-        (Vector, results.vectors),
-        (Geometry, results.geometry),
-        (Comparison, results.comparisons),
-        (Effect, results.effects),
-        (Label, results.labels),
-        (PromotedToken, results.promoted),
-        (Sae, results.saes),
-    ]
+    """The tables of record types; contexts are kept otherwise."""
+    kinds = ((record, getattr(results, kind)) for kind, (_, record) in RECORDS.items())
+    return [(Concept, results.concepts), *(pair for pair in kinds if pair[0] is not Context)]
 
 
 # ---- reading -----------------------------------------------------------------------------------
@@ -313,7 +282,7 @@ class Catalog:
 
     def _rows(self, record: type[Record], where: str = "1", *values: object) -> list[Record]:
         columns = _columns(record)
-        sql = f"SELECT * FROM {_name(record)} WHERE {where} ORDER BY rowid"
+        sql = f'SELECT * FROM "{_name(record)}" WHERE {where} ORDER BY rowid'
         return [
             record(**{c.name: _restore(c, v) for c, v in zip(columns, row, strict=True)})
             for row in self._db.execute(sql, values)
@@ -326,6 +295,10 @@ class Catalog:
     def controls(self) -> list[Control]:
         """Verdict counts under the true and the shuffled labels."""
         return self._rows(Control)
+
+    def text_sets(self) -> list[TextSet]:
+        """What each source gave to each set of texts."""
+        return self._rows(TextSet)
 
     @functools.cached_property
     def _concepts(self) -> dict[str, ConceptRow]:
@@ -387,12 +360,27 @@ class Catalog:
                 (m, self._label(m.site, m.latent), self._raised(m.site, m.latent, 4))
                 for m in self._rows(SetMember, "concept = ?", name)
             ],
+            candidates=self._candidates(name),
+            cross=self._cross(name),
             scores=self._rows(Score, "concept = ?", name),
             differences=self._rows(Difference, "concept = ?", name),
             vectors=self._rows(Vector, "concept = ?", name),
             comparisons=self._rows(Comparison, "concept = ?", name),
             effects=self._rows(Effect, "concept = ?", name),
         )
+
+    def _candidates(self, name: str) -> list[tuple[Candidate, Label | None, OutputScore | None]]:
+        rows = self._rows(OutputScore, "concept = ?", name)
+        raised = {(row.site, row.latent): row for row in rows}
+        return [
+            (c, self._label(c.site, c.latent), raised.get((c.site, c.latent)))
+            for c in self._rows(Candidate, "concept = ?", name)
+        ]
+
+    def _cross(self, name: str, most: int = 8) -> list[tuple[Cross, ConceptRow]]:
+        rows = self._rows(Cross, "concept = ? AND other != ? AND auroc IS NOT NULL", name, name)
+        best = sorted(rows, key=lambda row: -row.auroc)[:most]
+        return [(row, self._concepts[row.other]) for row in best if row.other in self._concepts]
 
     def _label(self, site: str, latent: int) -> Label | None:
         return next(iter(self._rows(Label, "site = ? AND latent = ?", site, latent)), None)
@@ -434,12 +422,12 @@ class Catalog:
 
     def _contexts(self, site: str, latent: int) -> list[Context]:
         sql = """
-            SELECT rank, text_id, "set", concept, topic, peak, tokens, shares
+            SELECT rank, text_id, "set", concepts, topic, peak, tokens, shares
             FROM context JOIN text ON text.id = text_id
             WHERE site = ? AND latent = ? ORDER BY context.rowid"""
         contexts: list[Context] = []
         for row in self._db.execute(sql, (site, latent)):
-            rank, text_id, kind, concept, topic, peak, tokens, shares = row
+            rank, text_id, kind, concepts, topic, peak, tokens, shares = row
             activations = [s * peak for s in struct.unpack(f"<{len(shares) // 2}e", shares)]
             contexts.append(
                 Context(
@@ -448,7 +436,7 @@ class Catalog:
                     rank=rank,
                     text_id=text_id,
                     set=kind,
-                    concept=concept,
+                    concepts=tuple(json.loads(concepts)),
                     topic=topic,
                     peak=peak,
                     tokens=tuple(json.loads(tokens)),

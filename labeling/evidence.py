@@ -12,13 +12,14 @@ from jaxtyping import Float
 from scipy import sparse
 from torch import Tensor
 
-from discovery.corpora import Text
+from discovery.corpora.rows import Text
 from discovery.records import Context, PromotedToken
+from discovery.windows import Long, windows
 from saes.errors import UserError
 from saes.latents import Dictionary
 from saes.lm.capture import capture
 from saes.lm.model import LM
-from saes.lm.tokens import batches, tokenize
+from saes.lm.tokens import batches
 
 ROWS = 64  # decoder rows read through the unembedding at a time
 
@@ -139,6 +140,7 @@ def contexts(
     texts: Sequence[Text],
     latents: Sequence[int],
     n: int = 4,
+    long: Long = "cut",
 ) -> list[Context]:
     """The texts in which each latent fires most, with its activation at every token.
 
@@ -146,13 +148,15 @@ def contexts(
     all latents is held.
 
     Args:
-        pooled: mean activation per text, shape [len(texts), d_sae].
+        pooled: pooled activation per text, shape [len(texts), d_sae].
         latents: the latents to show; rows come back in this order.
         n: texts a latent, fewer where it fires in fewer.
+        long: how texts longer than the context were read when `pooled` was made.
 
     Returns:
         One row a latent and text, rank 1 the largest pooled activation. Special tokens are left
-        out; the tokens joined give the text (its start, where the model's context cut it).
+        out; the tokens joined give the text (its start, where the model's context cut it), whose
+        activations are of the window that each token was read in.
     """
     assert pooled.shape == (len(texts), dictionary.d_sae), (pooled.shape, len(texts))
     best = top_texts(pooled, latents, n)
@@ -161,28 +165,31 @@ def contexts(
         for row in rows:
             readers.setdefault(row, []).append(latent)
     union = sorted(readers)
-    pieces: dict[int, tuple[str, ...]] = {}
-    traces: dict[tuple[int, int], np.ndarray] = {}
-    ids = tokenize(lm, [texts[row].text for row in union]).ids
+    read = windows(lm, [texts[row] for row in union], long)
     special = set(lm.tokenizer.all_special_ids)
-
-    def plain(tokens: Sequence[int]) -> int:
-        return sum(token not in special for token in tokens)
-
-    for batch in batches(lm, ids):
+    pieces: dict[int, tuple[str, ...]] = {}
+    traces: dict[int, Float[np.ndarray, "tokens readers"]] = {}
+    for row, ids in zip(union, read.rows, strict=True):
+        pieces[row] = token_pieces(lm, texts[row].text, sum(i not in special for i in ids))
+        traces[row] = np.zeros((len(pieces[row]), len(readers[row])), np.float32)
+    for batch in batches(lm, read.ids):
         residual = capture(lm, batch, [dictionary.site])[dictionary.site]
-        for i, place in enumerate(batch.rows):
-            row = union[place]
-            z = dictionary.encode(residual[i][batch.content[i]])[:, readers[row]].float().cpu()
-            pieces[row] = token_pieces(lm, texts[row].text, plain(ids[place]))
-            unread = len(pieces[row]) - len(
-                z
-            )  # a first token without BOS is no content: shown as 0
-            shown = torch.nn.functional.pad(z, (0, 0, unread, 0)).numpy()
-            for column, latent in enumerate(readers[row]):
-                traces[row, latent] = shown[:, column]
+        for i, window in enumerate(batch.rows):
+            text = int(read.text[window])
+            row = union[text]
+            z = dictionary.encode(residual[i][batch.content[i]])[:, readers[row]]
+            unread = len(pieces[row]) - int(read.tokens[text])  # a first token without BOS: 0
+            start = unread + int(read.before[window])
+            traces[row][start : start + len(z)] = z.float().cpu().numpy()
     return [
-        _context(dictionary.site, latent, rank, texts[row], pieces[row], traces[row, latent])
+        _context(
+            dictionary.site,
+            latent,
+            rank,
+            texts[row],
+            pieces[row],
+            traces[row][:, readers[row].index(latent)],
+        )
         for latent, rows in best.items()
         for rank, row in enumerate(rows, start=1)
     ]
@@ -202,7 +209,7 @@ def _context(
         rank=rank,
         text_id=text.id,
         set=text.set,
-        concept=text.concept,
+        concepts=text.concepts,
         topic=text.topic,
         peak=float(trace.max()),
         tokens=pieces,

@@ -8,11 +8,11 @@ The ceiling says what the confirmation protocol showed (`CEILINGS`), so nothing 
 latent is ever named with high confidence; the four parts lie between 0 and 1, and the score never
 falls when one of them rises:
 
-- effect: 2 x (AUROC on the hard set - 0.5), 0 where the latent was not tested alone;
+- effect: 2 x (AUROC on the confirmation set - 0.5), 0 where the latent was not tested alone;
 - contexts: share of top contexts that are about the concept (1) or another of its family (1/2),
   corrected for chance; mentions count for the word only, all other texts for the feeling only;
 - tokens: 1 if the direction raises a word of the concept, 1/2 if only words of its family;
-- sparsity: 1 - share of story texts in which the latent fires.
+- sparsity: 1 - share of texts in which the latent fires.
 """
 
 from collections import defaultdict
@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 from discovery.concepts import Concept
 from discovery.records import Alignment, Context, Label, PromotedToken, SetMember
-from labeling.prose import number, probability
+from labeling.words import number, probability
 
 Role = Literal["concept", "family", "part", "word", "piece", "candidate", "member", "against"]
 
@@ -90,17 +90,19 @@ def claims(
     latent: int,
     alignments: Mapping[str, Alignment],
     members: Iterable[SetMember],
+    held_out: str = "the confirmation set",
 ) -> list[Claim]:
     """Every concept that the latent may be named for, in alphabetical order.
 
     Args:
         alignments: the verdicts by concept.
         members: the rows of `site` and `latent` in the sets of any concept.
+        held_out: the texts on which latents were tested.
     """
     found: list[Claim] = []
     for a in alignments.values():
         if a.site == site and a.latent == latent:
-            found.append(_single(a))
+            found.append(_single(a, held_out))
         if a.verdict == "lexical only" and a.site == site and a.lexical_latent == latent:
             finding = f"Fires on mentions of the word {_figures(a.lexical_auroc, a.lexical_q)}"
             found.append(Claim("word", a.concept, a.lexical_auroc, False, finding))
@@ -108,19 +110,19 @@ def claims(
     return sorted(found, key=lambda claim: (claim.concept, claim.role))
 
 
-def _figures(auroc: float, q: float) -> str:
+def _figures(auroc: float | None, q: float | None) -> str:
     return f"(AUROC {number(auroc)}, q = {probability(q)})"
 
 
-def _single(a: Alignment) -> Claim:
+def _single(a: Alignment, held_out: str) -> Claim:
     figures = _figures(a.auroc, a.q)
     word = "; it also fires on the bare word" if a.also_lexical else ""
     if a.verdict == "found":
-        text = f"Confirmed for {a.concept} on the hard set {figures}{word}"
+        text = f"Confirmed for {a.concept} on {held_out} {figures}{word}"
         return Claim("concept", a.concept, a.auroc, True, text)
     if a.specific_q is not None:  # the latent alone passed the test of step 5
         text = (
-            f"Confirmed on the hard set for {a.concept} {figures} "
+            f"Confirmed on {held_out} for {a.concept} {figures} "
             f"but not against its nearest concepts{word}"
         )
         return Claim("family", a.concept, a.auroc, True, text)
@@ -130,7 +132,7 @@ def _single(a: Alignment) -> Claim:
             f"{_figures(a.set_auroc, a.set_q)}"
         )
         return Claim("part", a.concept, a.auroc, True, text)
-    text = f"Best single latent for {a.concept}, not confirmed on the hard set {figures}"
+    text = f"Best single latent for {a.concept}, not confirmed on {held_out} {figures}"
     return Claim("candidate", a.concept, a.auroc, True, text)
 
 
@@ -152,7 +154,8 @@ def context_share(
     """Mean credit of the top contexts, and the credit expected by chance.
 
     A context about the concept earns 1, about another of its family 1/2 (1 where the family is the
-    name); the chance level is the mean credit over all concepts.
+    name); of several concepts of a text the best counts. The chance level is the mean credit over
+    all concepts.
     """
     families = {c.name: c.family for c in concepts}
 
@@ -163,12 +166,15 @@ def context_share(
         return (1.0 if role == "family" else 0.5) if same else 0.0
 
     chance = sum(credit(c.name) for c in concepts) / len(concepts)
-    counted = [0.0 if _of_words(c) != (role == "word") else credit(c.concept) for c in contexts]
+    counted = [
+        max(map(credit, c.concepts), default=0.0) if _of_words(c) == (role == "word") else 0.0
+        for c in contexts
+    ]
     return (sum(counted) / len(counted) if counted else 0.0), chance
 
 
 def _of_words(context: Context) -> bool:
-    return context.set == "mentions"
+    return context.set == "lexical"
 
 
 def is_word_of(token: str, concept: Concept) -> bool:
@@ -193,7 +199,7 @@ def explain(
     """Name one latent after the claim with the highest confidence (ties by alphabet).
 
     Args:
-        density: share of story texts in which the latent fires.
+        density: share of texts in which the latent fires.
         claims: from `claims`; none makes the latent "unnamed" with confidence 0.
         promoted: the latent's promoted tokens.
         contexts: the latent's top contexts.
@@ -203,7 +209,7 @@ def explain(
     raised = [p.token for p in promoted if p.sign > 0]
     best_for = tuple(c.concept for c in claims if c.single)
     if not claims:
-        reason = f"No concept chose it; it fires in {number(100 * density, 0)} % of the stories."
+        reason = f"No concept chose it; it fires in {number(100 * density, 0)} % of the texts."
         return Label(site, latent, "unnamed", 0.0, "none", reason, (), density)
 
     def judge(claim: Claim) -> tuple[float, str]:
@@ -222,7 +228,7 @@ def explain(
         reason = (
             f"{claim.finding}; top contexts score {number(share)} for it (chance "
             f"{number(chance)}); it raises {words or 'no word of its family'} and fires in "
-            f"{number(100 * density, 0)} % of the stories."
+            f"{number(100 * density, 0)} % of the texts."
         )
         return confidence(claim.role, parts), reason
 
@@ -240,8 +246,13 @@ def labels(
     promoted: Sequence[PromotedToken],
     contexts: Sequence[Context],
     concepts: Sequence[Concept],
+    held_out: str = "the confirmation set",
 ) -> list[Label]:
-    """A label for each latent of `features` ((site, latent) → density), in that order."""
+    """A label for each latent of `features` ((site, latent) → density), in that order.
+
+    Args:
+        held_out: the texts on which latents were tested.
+    """
     verdicts = {a.concept: a for a in alignments}
     sets: dict[tuple[str, int], list[SetMember]] = defaultdict(list)
     tokens: dict[tuple[str, int], list[PromotedToken]] = defaultdict(list)
@@ -256,7 +267,7 @@ def labels(
         explain(
             *key,
             density,
-            claims(*key, verdicts, sets[key]),
+            claims(*key, verdicts, sets[key], held_out),
             tokens[key],
             shown[key],
             concepts,

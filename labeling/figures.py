@@ -14,9 +14,9 @@ import numpy as np
 
 from discovery.concepts import Concept
 from discovery.records import VERDICTS, Alignment, Comparison, Effect, Score, Vector
-from labeling.prose import method_name, number
 from labeling.summary import (
     CONDITIONS,
+    CONTROLS,
     METHODS,
     Correlation,
     Standing,
@@ -27,7 +27,19 @@ from labeling.summary import (
     median,
     quartiles,
 )
-from labeling.svg import GRID, INK, SOFT, WIDTH, Drawing, canvas, inline, places, swarm
+from labeling.svg import (
+    GRID,
+    INK,
+    METHOD_COLOURS,
+    SOFT,
+    WIDTH,
+    Drawing,
+    canvas,
+    inline,
+    places,
+    swarm,
+)
+from labeling.words import method_name, number
 
 VERDICT_COLOURS = {
     "found": "#08519c",
@@ -35,14 +47,6 @@ VERDICT_COLOURS = {
     "found for the family": "#9cc9e8",
     "lexical only": "#e69f00",
     "not found": "#d3d6da",
-}
-METHOD_COLOURS = {  # after Okabe and Ito (2008)
-    "latent": "#0072b2",
-    "set": "#56b4e9",
-    "vector": "#d55e00",
-    "probe": "#cc79a7",
-    "embedding": "#009e73",
-    "tfidf": "#3a3d42",
 }
 CONDITION_COLOURS = {"feature": "#0072b2", "vector": "#d55e00", "random": "#7d838c"}
 
@@ -126,19 +130,26 @@ def families(alignments: Sequence[Alignment]) -> Drawing:
 
 
 @inline
-def auroc(scores: Sequence[Score], k: int | None) -> Drawing:
-    """AUROC of every method over the concepts, first set beside hard set, with means."""
-    sets = [s for s in ("first", "hard") if any(r.set == s for r in scores)]
+def auroc(scores: Sequence[Score], k: int | None, axis: str = "within-topic AUROC") -> Drawing:
+    """AUROC of every method over the concepts, both sets side by side, with means.
+
+    Args:
+        k: latents in a set.
+        axis: what an AUROC of this run is called.
+    """
+    sets = [s for s in ("selection", "confirmation") if any(r.set == s for r in scores)]
     titles = {
-        "first": "First set (cross-fitted over writers)",
-        "hard": "Hard set (chosen and trained on the first)",
+        "selection": "Selection set (cross-fitted)",
+        "confirmation": "Confirmation set",
     }
-    methods = [m for m in METHODS if any(r.method == m and r.set in sets for r in scores)]
-    figure = canvas(0.75 + 0.62 * len(methods))
+    known = [*METHODS, *CONTROLS]
+    methods = [m for m in known if any(r.method == m and r.set in sets for r in scores)]
+    figure = canvas(0.75 + 0.56 * len(methods))
     axes = figure.subplots(1, len(sets), sharex=True, sharey=True, squeeze=False)[0]
     foot, top = 0.5 / figure.get_figheight(), 1 - 0.3 / figure.get_figheight()
-    figure.subplots_adjust(left=0.155, right=0.985, bottom=foot, top=top, wspace=0.06)
-    lowest = min((r.auroc for r in scores if math.isfinite(r.auroc)), default=0.5)
+    figure.subplots_adjust(left=0.21, right=0.985, bottom=foot, top=top, wspace=0.06)
+    shown = [r.auroc for r in scores if r.method in methods and math.isfinite(r.auroc)]
+    lowest = min(shown, default=0.5)
     for ax, name in zip(axes, sets, strict=True):
         ax.axvline(0.5, color=SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
         for y, method in enumerate(methods):
@@ -150,7 +161,7 @@ def auroc(scores: Sequence[Score], k: int | None) -> Drawing:
             if values:
                 _strip(ax, y, values, METHOD_COLOURS[method])
         ax.set_title(titles[name])
-        ax.set_xlabel("within-topic AUROC")
+        ax.set_xlabel(axis)
         ax.set_yticks(range(len(methods)), [method_name(m, k) for m in methods])
         ax.tick_params(axis="y", length=0)
         ax.set_xlim(min(0.4, math.floor(lowest * 20) / 20) - 0.01, 1.12)
@@ -160,9 +171,7 @@ def auroc(scores: Sequence[Score], k: int | None) -> Drawing:
         ax.set_ylim(len(methods) - 0.45, -0.6)
         ax.grid(axis="x")
         ax.spines["left"].set_visible(False)
-    return Drawing(
-        figure, "Distribution over concepts of within-topic AUROC by method and set.", {}
-    )
+    return Drawing(figure, f"Distribution over concepts of {axis} by method and set.", {})
 
 
 def _strip(ax: Any, y: int, values: Sequence[float], colour: str) -> None:
@@ -184,14 +193,15 @@ def standings(rows: Sequence[Standing], n: int, k: int | None) -> Drawing:
     """For each of ours against each baseline: concepts above, undecided and below."""
     colours = [METHOD_COLOURS["latent"], VERDICT_COLOURS["not found"], METHOD_COLOURS["tfidf"]]
     figure = canvas(0.45 + 0.3 * len(rows))
-    ax = figure.add_axes((0.3, 0, 0.46, 1 - 0.42 / figure.get_figheight()))
+    ax = figure.add_axes((0.375, 0, 0.385, 1 - 0.42 / figure.get_figheight()))
     from matplotlib.patches import Patch
 
     for y, row in enumerate(rows):
         _stack(ax, y, [row.above, n - row.above - row.below, row.below], colours, n)
         text = number(row.mean.mean, 3, sign=True)
         if row.mean.low is not None:
-            text += f"  ({number(row.mean.low, 3)} to {number(row.mean.high, 3)})"
+            spread = f"{number(row.mean.low, 3)} to {number(row.mean.high, 3)}"
+            text += f"  ({'no spread' if row.mean.low == row.mean.high else spread})"
         ax.text(1.03 * n, y, text, va="center", size=8.5)
     names = [f"{method_name(r.ours, k)} − {method_name(r.baseline, k)}" for r in rows]
     _bare(ax, names, n)
@@ -215,7 +225,7 @@ def valence_map(
     bare = [v for v in rows if known[v.concept].valence is None]
     values = [float(known[v.concept].valence or 0) for v in rated]
     figure = canvas(5.7)
-    ax = figure.add_axes((0.075, 0.085, 0.635 if rated or correlations else 0.9, 0.9))
+    ax = figure.add_axes((0.075, 0.085, 0.59 if rated or correlations else 0.9, 0.9))
     points: dict[str, list[tuple[str, str]]] = {}
     ax.axhline(0, color=GRID, linewidth=0.8)
     ax.axvline(0, color=GRID, linewidth=0.8)

@@ -4,96 +4,34 @@ Every number comes from a `Summary`, so page, terminal and README cannot disagre
 knows what the figures ought to say: each sentence has a wording for either outcome.
 """
 
-import math
 from collections.abc import Sequence
 
-from discovery.concepts import Concept
 from discovery.records import VERDICTS, Alignment, Effect, Vector
-from labeling.summary import METHODS, Correlation, Mean, Standing, Summary, headline
-
-MINUS, DASH, TIMES = "−", "–", "×"
-_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-def number(value: float | None, digits: int = 2, *, sign: bool = False) -> str:
-    """Fixed decimals with a true minus sign; a dash for what is missing or not finite.
-
-    >>> number(-0.125, 3), number(0.5, sign=True), number(None)
-    ('−0.125', '+0.50', '–')
-    """
-    if value is None or not math.isfinite(value):
-        return DASH
-    text = f"{value:{'+' if sign else ''}.{digits}f}"
-    if not any(c in "123456789" for c in text):
-        text = text.lstrip("+-")
-    return text.replace("-", MINUS)
-
-
-def probability(value: float | None) -> str:
-    """A p or q value: three decimals from 0.001 up, below that a power of ten.
-
-    >>> probability(0.0321), probability(4.2e-7)
-    ('0.032', '4 × 10⁻⁷')
-    """
-    if value is None or not math.isfinite(value):
-        return DASH
-    if value >= 0.001 or value <= 0:
-        return f"{value:.3f}"
-    digits, exponent = f"{value:.0e}".split("e")
-    return f"{digits} {TIMES} 10{str(int(exponent)).translate(_SUPERSCRIPT)}"
-
-
-def interval(mean: Mean, digits: int = 3, *, sign: bool = False) -> str:
-    """`0.812 (0.804 to 0.820)`, or the mean alone where there is no interval."""
-    text = number(mean.mean, digits, sign=sign)
-    if mean.low is None or mean.high is None:
-        return text
-    return (
-        f"{text} ({number(mean.low, digits, sign=sign)} to {number(mean.high, digits, sign=sign)})"
-    )
-
-
-def plural(count: int, noun: str) -> str:
-    """`1 concept`, `2 concepts`.
-
-    >>> plural(1, "concept"), plural(0, "concept")
-    ('1 concept', '0 concepts')
-    """
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-def method_name(method: str, k: int | None) -> str:
-    """A method in words; `k` is the size of a set."""
-    names = {
-        "latent": "best single latent",
-        "set": f"set of {k} latents" if k else "set of latents",
-        "vector": "contrastive vector",
-        "probe": "dense probe",
-        "embedding": "embedding layer",
-        "tfidf": "TF-IDF",
-    }
-    return names.get(method, method)
-
-
-def _join(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+from labeling import discovery_prose
+from labeling.results import Results
+from labeling.summary import CONTROLS, METHODS, Correlation, Mean, Standing, Summary, headline
+from labeling.words import interval, join, method_name, number, plural
 
 
 def verdict_sentences(summary: Summary) -> str:
     """The counts in words, and what shuffled labels give."""
     c, n, shuffled = summary.counts, summary.n, summary.shuffled
     of_set = method_name("set", summary.k)
+    chosen = "chosen on the other folds" if summary.crossfit else "chosen on the selection set"
     text = (
         f"Of {plural(n, 'concept')}, {c['found']} "
-        f"{'was' if c['found'] == 1 else 'were'} found: one latent, chosen on the first set, "
-        f"recognises the concept in the hard set and tells it from its nearest neighbours. "
+        f"{'was' if c['found'] == 1 else 'were'} found: one latent, {chosen}, recognises the "
+        f"concept in {summary.held_out} and tells it from its nearest neighbours. "
         f"{c['found as a set']} more needed a {of_set}; for {c['found for the family']} the "
         f"latents recognise the concept but were not shown to tell it from its nearest ones; "
-        f"{c['lexical only']} {'fires' if c['lexical only'] == 1 else 'fire'} on the word only. "
-        f"{c['not found']} "
-        f"{'was' if c['not found'] == 1 else 'were'} not found."
     )
-    if c["found"]:
+    if summary.lexical:
+        fire = "fires" if c["lexical only"] == 1 else "fire"
+        text += f"{c['lexical only']} {fire} on the word only. "
+    text += f"{c['not found']} {'was' if c['not found'] == 1 else 'were'} not found."
+    if not summary.lexical:
+        text += " No lexical control was run: a latent may follow the concept's mere words."
+    elif c["found"]:
         text += (
             f" Of the {c['found']} found, {summary.also_lexical} also "
             f"{'fires' if summary.also_lexical == 1 else 'fire'} on a bare mention of the word."
@@ -101,8 +39,9 @@ def verdict_sentences(summary: Summary) -> str:
     if shuffled:
         false = sum(s.found + s.found_as_a_set + s.found_for_the_family for s in shuffled)
         runs = "" if len(shuffled) == 1 else f" in {len(shuffled)} runs"
+        within = "" if summary.topics == 1 else " within each topic"
         text += (
-            f" With the labels shuffled within each topic, the whole procedure gives "
+            f" With the labels shuffled{within}, the whole procedure gives "
             f"{false} such {'verdict' if false == 1 else 'verdicts'} (found, set or family){runs}"
         )
         text += (
@@ -113,32 +52,38 @@ def verdict_sentences(summary: Summary) -> str:
     return text
 
 
-def hard_sentences(summary: Summary) -> str:
-    """How the methods compare on the hard set, best first, and what the SAE wins or loses."""
-    means = {m: summary.auroc["hard", m] for m in METHODS if ("hard", m) in summary.auroc}
+def confirmation_sentences(summary: Summary) -> str:
+    """How the methods compare on the confirmation set, best first; what the SAE wins or loses."""
+    means = _confirmed(summary, METHODS)
     if not means:
-        return "No AUROC was recorded on the hard set."
+        return f"No AUROC was recorded on {summary.held_out}."
     ranked = sorted(means, key=lambda m: -means[m].mean)
     listed = [f"{method_name(m, summary.k)} {interval(means[m])}" for m in ranked]
     n = max(mean.n for mean in means.values())
     text = (
-        f"Mean within-topic AUROC on the hard set over {plural(n, 'concept')}, with a 95 % "
-        f"interval over concepts (chance 0.5): {_join(listed)}."
+        f"Mean {summary.auroc_words} on {summary.held_out} over {plural(n, 'concept')}, with a "
+        f"95 % t interval over concepts (chance 0.5): {join(listed)}."
     )
-    if summary.standings:
+    baselines = [s for s in summary.standings if s.baseline in METHODS]
+    if baselines:
         text += (
-            f" Difference by difference, by intervals over topics (in brackets: of "
+            f" Difference by difference, with intervals {summary.interval_words} (in brackets: of "
             f"{plural(summary.n, 'concept')}, those whose own interval lies above 0 and below 0):"
         )
     clauses = []
     for ours in ("latent", "set"):
-        standings = [s for s in summary.standings if s.ours == ours]
+        standings = [s for s in baselines if s.ours == ours]
         if standings:
             grouped = [_grouped(summary, standings, outcome) for outcome in (1, 0, -1)]
             clauses.append(
                 f" the {method_name(ours, summary.k)} {', and '.join(g for g in grouped if g)}"
             )
     return text + ";".join(clauses) + ("." if clauses else "") + _plain_words(summary)
+
+
+def _confirmed(summary: Summary, methods: Sequence[str]) -> dict[str, Mean]:
+    found = {m: summary.auroc.get(("confirmation", m)) for m in methods}
+    return {method: mean for method, mean in found.items() if mean is not None}
 
 
 def _grouped(summary: Summary, standings: Sequence[Standing], outcome: int) -> str:
@@ -152,7 +97,7 @@ def _grouped(summary: Summary, standings: Sequence[Standing], outcome: int) -> s
             parts.append(
                 f"{'' if s.baseline == 'tfidf' else 'the '}{name} {gap}({s.above}, {s.below})"
             )
-    return f"{verb} {_join(parts)}" if parts else ""
+    return f"{verb} {join(parts)}" if parts else ""
 
 
 def _plain_words(summary: Summary) -> str:
@@ -173,22 +118,25 @@ def _plain_words(summary: Summary) -> str:
     return f" Plainly: the {what} does no better and no worse than counting words."
 
 
-def first_sentences(summary: Summary) -> str:
-    """The first set, and how far each method falls from it to the hard set."""
-    both = [m for m in METHODS if all((s, m) in summary.auroc for s in ("first", "hard"))]
-    if not both:
+def selection_sentences(summary: Summary) -> str:
+    """The selection set, and how far TF-IDF falls from it to the confirmation set.
+
+    Empty for one corpus only: cross-fitted figures are all there is.
+    """
+    means = {m: summary.auroc.get(("selection", m)) for m in METHODS}
+    known = {method: mean.mean for method, mean in means.items() if mean is not None}
+    if not known or summary.crossfit:
         return ""
-    listed = [
-        f"{method_name(m, summary.k)} {number(summary.auroc['first', m].mean, 3)}" for m in both
-    ]
-    text = f"On the first set, cross-fitted over its writers: {_join(listed)}."
-    if "tfidf" in both:
-        drop = summary.auroc["first", "tfidf"].mean - summary.auroc["hard", "tfidf"].mean
-        change = "falls" if drop > 0 else "rises"
-        text += (
-            f" TF-IDF {change} by {number(abs(drop), 3)} from the first set to the hard set, where "
-            "other writers avoid the words that gave concepts away."
-        )
+    listed = [f"{method_name(m, summary.k)} {number(mean, 3)}" for m, mean in known.items()]
+    text = f"On the selection set, cross-fitted over its units: {join(listed)}."
+    then = summary.auroc.get(("confirmation", "tfidf"))
+    if then and "tfidf" in known:
+        drop = known["tfidf"] - then.mean
+        by = number(abs(drop), 3)
+        if float(by) == 0:
+            return f"{text} TF-IDF reaches as much on the confirmation set."
+        text += f" From there to the confirmation set TF-IDF {'falls' if drop > 0 else 'rises'} by "
+        text += f"{by}: vocabulary that the two sets do not share." if drop > 0 else f"{by}."
     return text
 
 
@@ -220,11 +168,20 @@ def cosine_sentences(summary: Summary) -> str:
     c = summary.cosines
     if c is None:
         return "No feature was compared with a contrastive vector."
+    source = (
+        "the same texts, which chose the feature too"
+        if summary.crossfit
+        else "the confirmation set, which did not choose the feature"
+    )
+    reach = (
+        f"; the reliability of the vectors would allow {number(c.ceiling)}"
+        if c.ceiling is not None
+        else ""
+    )
     return (
         f"The feature's decoder row has a median cosine of {number(c.median)} with the concept's "
-        f"contrastive vector of the hard set, which did not choose the feature, over "
-        f"{plural(c.n, 'concept')}; the reliability of the vectors would allow "
-        f"{number(c.ceiling)}. It lies above 97.5 % of all decoder rows (median limit "
+        f"contrastive vector of {source}, over {plural(c.n, 'concept')}{reach}. "
+        f"It lies above 97.5 % of all decoder rows (median limit "
         f"{number(c.null_high)}) for {c.above} of {c.n}, and it is the row nearest to the vector "
         f"for {c.nearest}. The direction of the whole set reaches {number(c.set_median)}."
     )
@@ -267,7 +224,7 @@ def _geometry_brief(summary: Summary) -> str:
         for p in pairs
         if p
     ]
-    return f"The plane of the contrastive vectors follows {_join(parts)}. " if parts else ""
+    return f"The plane of the contrastive vectors follows {join(parts)}. " if parts else ""
 
 
 def _cosine_brief(summary: Summary) -> str:
@@ -283,11 +240,11 @@ def _cosine_brief(summary: Summary) -> str:
 def _causal_brief(summary: Summary) -> str:
     c = summary.causal
     if c is None:
-        return "No causal effect was measured."
+        return ""
     medians = [f"{name} {number(q.median, sign=True)}" for name, q in c.effect.items()]
     return (
         f"Clamped at a dose of {number(c.dose)}, the words of the concept change by (median nats) "
-        f"{_join(medians)}; the feature's interval lies above every random control for "
+        f"{join(medians)}; the feature's interval lies above every random control for "
         f"{c.beyond_random} of {plural(c.n, 'concept')}."
     )
 
@@ -296,25 +253,24 @@ def paragraphs(summary: Summary) -> list[str]:
     """The summary at the head of the report, one string a paragraph."""
     texts = [
         verdict_sentences(summary),
-        hard_sentences(summary),
-        first_sentences(summary),
+        confirmation_sentences(summary),
+        selection_sentences(summary),
         _geometry_brief(summary) + _cosine_brief(summary) + _causal_brief(summary),
+        discovery_prose.control_sentences(summary),
+        discovery_prose.output_sentences(summary),
+        discovery_prose.text_sentences(summary),
     ]
     return [t for t in texts if t]
 
 
-def captions(
-    summary: Summary,
-    alignments: Sequence[Alignment],
-    vectors: Sequence[Vector],
-    concepts: Sequence[Concept],
-    effects: Sequence[Effect],
-) -> dict[str, str]:
-    """Figure name to caption: what is drawn, and what it shows in numbers."""
-    rated = {c.name for c in concepts if c.valence is not None}
+def captions(summary: Summary, results: Results, vectors: Sequence[Vector]) -> dict[str, str]:
+    """Figure name to caption: what is drawn, and what it shows in numbers.
+
+    Args:
+        vectors: those on the map.
+    """
+    rated = {c.name for c in results.concepts if c.valence is not None}
     shown = sum(v.concept in rated for v in vectors)
-    starred = len({e.concept for e in effects if e.verdict != "found"})
-    tried = len({e.concept for e in effects})
     return {
         "verdicts": _verdict_caption(summary),
         "map": (
@@ -323,45 +279,55 @@ def captions(
             f"{geometry_sentences(summary)}"
         ),
         "auroc": (
-            "One dot a concept; the bar is the mean with its 95 % interval over concepts; dashed: "
-            f"chance. {_auroc_takeaway(summary)}"
+            "One dot a concept; the bar is the mean with its 95 % t interval over concepts; "
+            f"dashed: chance; grey: controls. {_auroc_takeaway(summary)}"
         ),
         "standings": (
-            "Hard set, paired by topic: concepts for which the 95 % interval over topics of the "
-            "difference lies above 0, holds 0, or lies below; at the right the mean difference "
-            "with its 95 % interval over topics."
+            f"On {summary.held_out}, paired: concepts for which the 95 % interval "
+            f"{summary.interval_words} of the difference lies above 0, holds 0, or lies below; at "
+            f"the right the mean difference over concepts with its 95 % interval "
+            f"{summary.interval_words}."
         ),
-        "families": _family_caption(alignments),
+        "families": _family_caption(results.alignments),
         "cosines": cosine_sentences(summary),
         "doses": (
             "Median and quartiles over concepts (left); one faint line a concept, the median where "
             f"at least half of them reach that KL (right). {causal_sentences(summary)}"
         ),
-        "multiples": (
-            f"{plural(tried, 'concept')}; 95 % intervals of the mean over prompts; for the random "
-            "controls their range. At one dose clamps write, and vectors add, the same norm; where "
-            "a latent already fires, its edit is smaller."
-            + (f" * not found as a single latent ({starred})." if starred else "")
-        ),
+        "multiples": _multiples_caption(results.effects),
+        **discovery_prose.captions(summary, results),
     }
+
+
+def _multiples_caption(effects: Sequence[Effect]) -> str:
+    starred = len({e.concept for e in effects if e.verdict != "found"})
+    tried = len({e.concept for e in effects})
+    return (
+        f"{plural(tried, 'concept')}; 95 % intervals of the mean over prompts; for the random "
+        "controls their range. At one dose clamps write, and vectors add, the same norm; where "
+        "a latent already fires, its edit is smaller."
+        + (f" * not found as a single latent ({starred})." if starred else "")
+    )
 
 
 def _verdict_caption(summary: Summary) -> str:
     text = f"True labels: {summary.counts['found']} of {summary.n} found"
     if not summary.shuffled:
         return f"{text}. No shuffled control was run."
-    return f"{text}; shuffled within topic: {_join([str(s.found) for s in summary.shuffled])}."
+    found = join([str(s.found) for s in summary.shuffled])
+    return f"{text}; shuffled labels: {found}."
 
 
 def _auroc_takeaway(summary: Summary) -> str:
-    means = {m: summary.auroc["hard", m].mean for m in METHODS if ("hard", m) in summary.auroc}
+    means = {m: mean.mean for m, mean in _confirmed(summary, METHODS).items()}
     if not means:
         return ""
     best = max(means, key=lambda m: means[m])
-    text = f"On the hard set the {method_name(best, summary.k)} leads with {number(means[best], 3)}"
+    leader = f"{'' if best == 'tfidf' else 'the '}{method_name(best, summary.k)}"
+    text = f"On {summary.held_out} {leader} leads with {number(means[best], 3)}"
     ours = [f"{method_name(m, summary.k)} {number(means[m], 3)}" for m in ("latent", "set")
             if m in means and m != best]  # fmt: skip
-    return f"{text}; {_join(ours)}." if ours else f"{text}."
+    return f"{text}; {join(ours)}." if ours else f"{text}."
 
 
 def _family_caption(alignments: Sequence[Alignment]) -> str:
@@ -383,17 +349,20 @@ def summary_rows(summary: Summary) -> list[tuple[str, str]]:
     rows += [
         (
             f"found as a {method_name('set', k)}" if v == "found as a set" else v,
-            str(summary.counts[v]),
+            str(summary.counts[v])
+            if summary.lexical or v != "lexical only"
+            else "no lexical control was run",
         )
         for v in VERDICTS
     ]
     for s in summary.shuffled:
         counts = (s.found, s.found_as_a_set, s.found_for_the_family, s.lexical_only, s.not_found)
         rows.append((f"the same five, labels {s.labels}", " / ".join(map(str, counts))))
+    if summary.site:
+        rows.append(("site, pooling", f"{summary.site}, {summary.pooling}"))
     rows += [
-        (f"AUROC hard set, {method_name(m, k)}", interval(summary.auroc["hard", m]))
-        for m in METHODS
-        if ("hard", m) in summary.auroc
+        (f"AUROC {summary.held_out.removeprefix('the ')}, {method_name(m, k)}", interval(mean))
+        for m, mean in _confirmed(summary, (*METHODS, *CONTROLS)).items()
     ]
     rows += [
         (
@@ -401,8 +370,9 @@ def summary_rows(summary: Summary) -> list[tuple[str, str]]:
             f"{interval(s.mean, sign=True)}; {s.above} above, {s.below} below",
         )
         for s in summary.standings
-        if s.baseline == "tfidf"
+        if s.baseline == "tfidf" or (s.ours == "set" and s.baseline.endswith(" set"))
     ]
+    rows += discovery_prose.summary_rows(summary)
     for norm, component in (("valence", 1), ("arousal", 2)):
         pair = headline(summary.geometry, norm, component)
         if pair:
@@ -418,8 +388,8 @@ def summary_rows(summary: Summary) -> list[tuple[str, str]]:
         rows.append(
             (
                 "cosine feature, vector (median)",
-                f"{number(s.median)}; above the null for {s.above} of {s.n}; "
-                f"ceiling {number(s.ceiling)}",
+                f"{number(s.median)}; above the null for {s.above} of {s.n}"
+                + ("" if s.ceiling is None else f"; ceiling {number(s.ceiling)}"),
             )
         )
     if c:

@@ -4,35 +4,41 @@ Nothing outside the page is needed to read it: inline CSS and SVG, no scripts, n
 records give the same bytes.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from discovery.concepts import Concept
 from discovery.records import (
     VERDICTS,
     Alignment,
-    Comparison,
-    Control,
-    Difference,
+    Candidate,
     Effect,
-    Geometry,
     Label,
+    OutputScore,
     Score,
     SetMember,
-    SiteChoice,
     Vector,
 )
-from labeling import figures, prose
-from labeling.prose import summary_rows
-from labeling.summary import CONDITIONS, METHODS, Summary, curves, summarise
-
-__all__ = ["report", "summarise", "summary_rows"]
+from labeling import discovery_figures, figures, prose
+from labeling.results import Results
+from labeling.summary import (
+    CONDITIONS,
+    CONTROLS,
+    METHODS,
+    Mean,
+    Summary,
+    curves,
+    is_at,
+    summarise,
+)
+from labeling.words import interval, method_name, number, probability
 
 _TEMPLATES = Path(__file__).parent / "web" / "templates"
 _OURS = ("latent", "set")
+METHOD_SETS = ("selection", "confirmation", "situations")
 
 
 class ConceptRow(NamedTuple):
@@ -41,8 +47,17 @@ class ConceptRow(NamedTuple):
     slug: str
     alignment: Alignment
     label: Label | None  # of the best single latent
-    baseline: str  # the best baseline on the hard set, in words; empty if there is none
+    baseline: str  # the best baseline on the confirmation set, in words; empty if there is none
     baseline_auroc: float | None
+    controls: Mapping[str, Score]  # on the confirmation set, by method
+
+
+class CandidateRow(NamedTuple):
+    """A candidate latent: what its activations say, and what raising it does."""
+
+    slug: str
+    candidate: Candidate
+    output: OutputScore | None
 
 
 class CausalRow(NamedTuple):
@@ -55,77 +70,41 @@ class CausalRow(NamedTuple):
     at: Mapping[str, Effect]
 
 
-def report(
-    path: Path,
-    *,
-    facts: Mapping[str, str],
-    concepts: Sequence[Concept],
-    alignments: Sequence[Alignment],
-    members: Sequence[SetMember],
-    scores: Sequence[Score],
-    differences: Sequence[Difference],
-    controls: Sequence[Control],
-    sites: Sequence[SiteChoice],
-    vectors: Sequence[Vector],
-    geometry: Sequence[Geometry],
-    comparisons: Sequence[Comparison],
-    effects: Sequence[Effect],
-    labels: Sequence[Label],
-) -> None:
-    """Write the report.
+def report(path: Path, results: Results) -> None:
+    """Write the report of what is there; a part that was not run is left out.
 
     Args:
         path: the HTML file to write; its folder exists.
-        facts: what was run, in the order to be shown; `model` is part of the title.
-        concepts: give slugs, families and norms; those without an alignment are left out.
-        alignments: one a concept; at least one.
-        members: latents of each concept's set.
-        scores: AUROC by concept, method and set.
-        differences: ours minus baseline on the hard set.
-        controls: verdict counts under true and shuffled labels.
-        sites: the choice of the site on the first set.
-        vectors: contrastive vectors; those at the chosen site are drawn.
-        geometry: correlations with norms, at the chosen site and the embedding layer.
-        comparisons: feature against vector.
-        effects: dose-response experiments; may be empty.
-        labels: names of latents.
+        results: at least one alignment, and the concept of each; the fact `model` is part of the
+            title.
     """
-    assert alignments
-    summary = summarise(
-        alignments=alignments,
-        members=members,
-        scores=scores,
-        differences=differences,
-        controls=controls,
-        sites=sites,
-        geometry=geometry,
-        comparisons=comparisons,
-        effects=effects,
-    )
-    slugs = {c.name: c.slug for c in concepts}
+    assert results.alignments
+    alignments = results.alignments
+    summary = summarise(results)
+    slugs = {c.name: c.slug for c in results.concepts}
     page = (
         _environment()
         .get_template("report.html")
         .render(
-            facts=facts,
+            facts={"model": "this model"} | dict(results.facts),
             summary=summary,
             paragraphs=prose.paragraphs(summary),
-            headline=summary_rows(summary),
-            svg=_figures(summary, concepts, alignments, scores, vectors, comparisons, effects),
-            captions=prose.captions(
-                summary, alignments, _here(summary, concepts, vectors), concepts, effects
-            ),
+            headline=prose.summary_rows(summary),
+            svg=_figures(summary, results),
+            captions=prose.captions(summary, results, _here(summary, results)),
             colours=figures.VERDICT_COLOURS,
             verdicts=VERDICTS,
             board=_board(alignments, slugs),
-            rows=_concept_rows(alignments, scores, labels, slugs, summary.k),
-            sets=_sets(members),
-            sites=sites,
-            controls=controls,
-            geometry=geometry,
+            rows=_concept_rows(results, slugs, summary.k),
+            candidates=_candidate_rows(results, slugs),
+            sets=_sets(results.members),
+            sites=results.site_choices,
+            controls=results.controls,
+            geometry=results.geometry,
             means=_means(summary),
-            causal=_causal_rows(summary, effects, slugs),
-            comparisons=[(slugs[c.concept], c) for c in comparisons],
+            mean_sets=_mean_sets(summary),
+            causal=_causal_rows(summary, results.effects, slugs),
+            comparisons=[(slugs[c.concept], c) for c in results.comparisons],
         )
     )
     path.write_text(page, encoding="utf-8", newline="\n")
@@ -140,23 +119,21 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "num": prose.number,
-        "prob": prose.probability,
-        "interval": prose.interval,
-        "spark": lambda x: round(70 * (min(max(x, 0.3), 1.0) - 0.3) / 0.7, 1),
+        "num": number,
+        "prob": probability,
+        "interval": interval,
+        "spark": _spark,
     }
     return environment
 
 
-def _figures(
-    summary: Summary,
-    concepts: Sequence[Concept],
-    alignments: Sequence[Alignment],
-    scores: Sequence[Score],
-    vectors: Sequence[Vector],
-    comparisons: Sequence[Comparison],
-    effects: Sequence[Effect],
-) -> dict[str, str]:
+def _spark(auroc: float) -> float:
+    """Place of an AUROC in the small graphs, in their units; at chance where it is not finite."""
+    shown = auroc if math.isfinite(auroc) else 0.5
+    return round(70 * (min(max(shown, 0.3), 1.0) - 0.3) / 0.7, 1)
+
+
+def _figures(summary: Summary, results: Results) -> dict[str, str]:
     """Name → SVG; a figure without data is absent."""
     bars = [("true labels", summary.counts)]
     for control in summary.shuffled:
@@ -168,29 +145,47 @@ def _figures(
             control.not_found,
         )
         bars.append((control.labels, dict(zip(VERDICTS, values, strict=True))))
-    drawn = {
-        "verdicts": figures.verdict_counts(bars),
-        "families": figures.families(alignments),
-    }
-    here = _here(summary, concepts, vectors)
+    slugs = {c.name: c.slug for c in results.concepts}
+    drawn = {"verdicts": figures.verdict_counts(bars)}
+    families = {a.concept: a.family for a in results.alignments}
+    if len(set(families.values())) > 1:
+        drawn["families"] = figures.families(results.alignments)
+    here = _here(summary, results)
     if here:
-        drawn["map"] = figures.valence_map(here, concepts, summary.geometry)
-    if any(s.set in ("first", "hard") for s in scores):
-        drawn["auroc"] = figures.auroc(scores, summary.k)
-    if summary.standings:
-        drawn["standings"] = figures.standings(summary.standings, summary.n, summary.k)
+        drawn["map"] = figures.valence_map(here, results.concepts, summary.geometry)
+    axis, known = summary.auroc_words, (*METHODS, *CONTROLS)
+    # of one corpus the cross-fitted figures stand for both sets
+    two = ("selection",) if summary.crossfit else ("selection", "confirmation")
+    scores = [s for s in results.scores if s.set in two and s.method in known]
+    if scores:
+        drawn["auroc"] = figures.auroc(scores, summary.k, axis)
+    standings = [s for s in summary.standings if _alike(s.ours, s.baseline)]
+    if standings:
+        drawn["standings"] = figures.standings(standings, summary.n, summary.k)
+    if summary.cross:
+        drawn["cross"] = discovery_figures.cross_map(results.cross, families, slugs)
+    if results.curve:
+        drawn["curve"] = discovery_figures.curve(results.curve, summary.auroc, summary.k, axis)
+    if results.depth:
+        drawn["depth"] = discovery_figures.depth(results.depth, summary.site, summary.k, axis)
     if summary.cosines:
-        slugs = {c.name: c.slug for c in concepts}
-        drawn["cosines"] = figures.cosines(comparisons, alignments, slugs)
+        drawn["cosines"] = figures.cosines(results.comparisons, results.alignments, slugs)
     if summary.causal:
-        drawn["doses"] = figures.dose_summary(effects)
-        drawn["multiples"] = figures.dose_multiples(effects)
+        drawn["doses"] = figures.dose_summary(results.effects)
+        drawn["multiples"] = figures.dose_multiples(results.effects)
     return drawn
 
 
-def _here(summary: Summary, concepts: Sequence[Concept], vectors: Sequence[Vector]) -> list[Vector]:
-    known = {c.name for c in concepts}
-    return [v for v in vectors if v.site == summary.site and v.concept in known]
+def _alike(ours: str, baseline: str) -> bool:
+    """Whether the two are worth a comparison: a control with the same number of latents."""
+    return baseline not in CONTROLS or baseline.endswith(" set") == (ours == "set")
+
+
+def _here(summary: Summary, results: Results) -> list[Vector]:
+    known = {c.name for c in results.concepts}
+    return [
+        v for v in results.vectors if is_at(v, summary.site, summary.pooling) and v.concept in known
+    ]
 
 
 def _board(
@@ -207,33 +202,41 @@ def _order(row: Alignment) -> tuple[int, float, str]:
     return VERDICTS.index(row.verdict), -max(row.auroc, row.set_auroc), row.concept
 
 
-def _concept_rows(
-    alignments: Sequence[Alignment],
-    scores: Sequence[Score],
-    labels: Sequence[Label],
-    slugs: Mapping[str, str],
-    k: int | None,
-) -> list[ConceptRow]:
-    named = {(n.site, n.latent): n for n in labels}
+def _concept_rows(results: Results, slugs: Mapping[str, str], k: int | None) -> list[ConceptRow]:
+    named = {(n.site, n.latent): n for n in results.labels}
     best: dict[str, Score] = {}
-    for score in scores:
-        if score.set == "hard" and score.method not in _OURS:
-            held = best.get(score.concept)
-            if held is None or score.auroc > held.auroc:
-                best[score.concept] = score
+    controls: dict[str, dict[str, Score]] = {}
+    for score in results.scores:
+        if score.set != "confirmation" or score.method in _OURS:
+            continue
+        if score.method in CONTROLS:
+            controls.setdefault(score.concept, {})[score.method] = score
+            continue
+        held = best.get(score.concept)
+        if held is None or score.auroc > held.auroc:
+            best[score.concept] = score
     rows = []
-    for row in sorted(alignments, key=_order):
+    for row in sorted(results.alignments, key=_order):
         baseline = best.get(row.concept)
         rows.append(
             ConceptRow(
                 slugs[row.concept],
                 row,
                 named.get((row.site, row.latent)),
-                prose.method_name(baseline.method, k) if baseline else "",
+                method_name(baseline.method, k) if baseline else "",
                 baseline.auroc if baseline else None,
+                controls.get(row.concept, {}),
             )
         )
     return rows
+
+
+def _candidate_rows(results: Results, slugs: Mapping[str, str]) -> list[CandidateRow]:
+    raised = {(row.concept, row.site, row.latent): row for row in results.outputs}
+    return [
+        CandidateRow(slugs[c.concept], c, raised.get((c.concept, c.site, c.latent)))
+        for c in sorted(results.candidates, key=lambda c: (c.concept, c.rank))
+    ]
 
 
 def _sets(members: Sequence[SetMember]) -> dict[str, list[SetMember]]:
@@ -243,12 +246,18 @@ def _sets(members: Sequence[SetMember]) -> dict[str, list[SetMember]]:
     return dict(sorted(sets.items()))
 
 
-def _means(summary: Summary) -> list[tuple[str, list[prose.Mean | None]]]:
-    """Method → its mean AUROC on the first set, the hard set and the situations."""
-    sets = ("first", "hard", "situations")
+def _mean_sets(summary: Summary) -> list[str]:
+    """The sets of the table of means; of one corpus the cross-fitted figures stand for both."""
+    sets = ("selection", "situations") if summary.crossfit else METHOD_SETS
+    return [name for name in sets if any(key[0] == name for key in summary.auroc)]
+
+
+def _means(summary: Summary) -> list[tuple[str, list[Mean | None]]]:
+    """Method → its mean AUROC on each of `_mean_sets`."""
+    sets = _mean_sets(summary)
     return [
-        (prose.method_name(m, summary.k), [summary.auroc.get((s, m)) for s in sets])
-        for m in METHODS
+        (method_name(m, summary.k), [summary.auroc.get((s, m)) for s in sets])
+        for m in (*METHODS, *CONTROLS)
         if any((s, m) in summary.auroc for s in sets)
     ]
 

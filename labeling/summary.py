@@ -11,24 +11,32 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import kendalltau
 
 from discovery.captured import EMBEDDING
+from discovery.inference import t_interval
 from discovery.records import (
     VERDICTS,
     Alignment,
     Comparison,
     Control,
+    Cross,
     Difference,
     Effect,
     Geometry,
+    OutputScore,
     Score,
-    SetMember,
     SiteChoice,
+    TextSet,
+    Vector,
 )
-from discovery.scores import t_interval
+from labeling.results import Results
 
 METHODS = ("latent", "set", "vector", "probe", "embedding", "tfidf")
+CONTROLS = ("random", "untrained", "untrained set", "randomised", "randomised set")
 CONDITIONS = ("feature", "vector", "random")
+HELD_OUT = {False: "the confirmation set", True: "the folds left out"}
+T_TOPICS = 4  # from so many topics on, intervals are over topics
 
 
 class Mean(NamedTuple):
@@ -49,7 +57,7 @@ class Quartiles(NamedTuple):
 
 
 class Standing(NamedTuple):
-    """`ours` (latent or set) minus `baseline` on the hard set.
+    """`ours` (latent or set) minus `baseline` on the confirmation set.
 
     `mean` is over concepts, with an interval over topics: concepts share the topics.
     """
@@ -102,18 +110,61 @@ class Causal(NamedTuple):
     equal_beyond_vector: int
 
 
+class Agreement(NamedTuple):
+    """Kendall's tau-b between the input-side AUROC of candidates and an output-side score."""
+
+    measure: str  # output_score, word_score
+    tau: Mean  # mean over concepts of tau-b within the concept
+    candidates: int
+
+
+class OutputSide(NamedTuple):
+    """What raising the best latent of each concept did to the words of the concepts."""
+
+    n: int  # concepts whose best latent was raised
+    first: int  # those whose own words rise more than any other concept's
+    median_rank: float  # of the concept's words among all concepts; chance is the middle
+    passed: int | None  # those with word_p at most 0.05; None where random latents were not raised
+    agreement: tuple[Agreement, ...]
+
+
+class CrossMap(NamedTuple):
+    """AUROCs of chosen latents for their own concept and for others; means."""
+
+    n: int
+    own: float
+    family: float | None  # other concepts of the same family
+    others: float | None  # concepts of other families
+    highest: int  # concepts whose latent is higher for none of the other concepts
+
+
+class Reverse(NamedTuple):
+    """The reverse run: chosen on the confirmation set, tested on the selection set."""
+
+    tested: int  # concepts found, as a single latent or as a set
+    passed: int  # of these, with q at most 0.05 in the reverse run, in the same form
+
+
 @dataclass(frozen=True)
 class Summary:
     """All headline numbers of a run; what a run did not measure is empty or None."""
 
     counts: Mapping[str, int]  # by verdict, all five
     also_lexical: int  # found concepts whose latent also fires on mere mentions of the word
+    lexical: bool  # a lexical control was run
     shuffled: tuple[Control, ...]
     k: int | None  # latents in a set
     detectable: float | None  # median AUROC that the data would have shown with 80 % power
     site: str | None
+    pooling: str | None
+    topics: int | None  # of the texts held out; 1 where they have none, None where not recorded
+    crossfit: bool  # there was one corpus only: chosen on some folds, tested on the others
     auroc: Mapping[tuple[str, str], Mean]  # (set, method)
     standings: tuple[Standing, ...]
+    sets: tuple[TextSet, ...]
+    reverse: Reverse | None
+    cross: CrossMap | None
+    outputs: OutputSide | None
     geometry: tuple[Correlation, ...]
     cosines: Cosines | None
     causal: Causal | None
@@ -122,6 +173,32 @@ class Summary:
     def n(self) -> int:
         """How many concepts were tried."""
         return sum(self.counts.values())
+
+    @property
+    def auroc_words(self) -> str:
+        """What an AUROC of this run is called."""
+        return "AUROC" if self.topics == 1 else "within-topic AUROC"
+
+    @property
+    def held_out(self) -> str:
+        """The texts on which latents were tested."""
+        return HELD_OUT[self.crossfit]
+
+    @property
+    def interval_words(self) -> str:
+        """What a concept's interval is over."""
+        many = self.topics is None or self.topics >= T_TOPICS
+        return "over topics" if many else "by DeLong"
+
+    @property
+    def curve_interval_words(self) -> str:
+        """The interval of a mean over concepts in the curve and over depth, which is that of
+        `discovery.inference.mean_auroc_interval`."""
+        if self.interval_words == "over topics":
+            return "95 % t interval over the means of topics"
+        own = "over folds on the selection set"
+        both = own if self.crossfit else f"{own}, by DeLong over units on the confirmation set"
+        return f"95 % interval ({both})"
 
 
 def finite_or_none(value: float) -> float | None:
@@ -192,35 +269,120 @@ def at_kl(curve: Sequence[Effect], kl: float) -> float | None:
     return None
 
 
-def summarise(
-    *,
-    alignments: Sequence[Alignment],
-    members: Sequence[SetMember],
-    scores: Sequence[Score],
-    differences: Sequence[Difference],
-    controls: Sequence[Control],
-    sites: Sequence[SiteChoice],
-    geometry: Sequence[Geometry],
-    comparisons: Sequence[Comparison],
-    effects: Sequence[Effect],
-) -> Summary:
+def is_crossfit(sets: Iterable[TextSet]) -> bool:
+    """Whether there is one corpus only, so that latents were tested on folds left out."""
+    names = {row.set for row in sets if row.texts}
+    return "selection" in names and "confirmation" not in names
+
+
+def topics_of(sets: Sequence[TextSet]) -> int | None:
+    """Topics of the texts held out: 1 where they have none; None where nothing is recorded."""
+    name = "selection" if is_crossfit(sets) else "confirmation"
+    counts = [row.topics for row in sets if row.set == name and row.texts]
+    if not counts:
+        return None
+    return sum(counts) if max(counts) > 1 else 1
+
+
+def summarise(results: Results) -> Summary:
     """Reduce the records of a run to its headline numbers."""
+    alignments = results.alignments
     verdicts = Counter(a.verdict for a in alignments)
-    sizes = Counter(Counter(m.concept for m in members).values()).most_common(1)
-    site = chosen_site(sites, alignments)
+    sizes = Counter(Counter(m.concept for m in results.members).values()).most_common(1)
+    site = chosen_site(results.site_choices, alignments)
+    poolings = Counter(a.pooling for a in alignments if a.site == site).most_common(1)
+    pooling = poolings[0][0] if poolings else None
     return Summary(
         counts={v: verdicts[v] for v in VERDICTS},
         also_lexical=sum(a.verdict == "found" and a.also_lexical for a in alignments),
-        shuffled=tuple(c for c in controls if c.labels != "true"),
+        lexical=any(a.lexical_auroc is not None for a in alignments),
+        shuffled=tuple(c for c in results.controls if c.labels != "true"),
         k=sizes[0][0] if sizes else None,
         detectable=median(a.detectable_auroc for a in alignments),
         site=site,
-        auroc=_means(scores),
-        standings=_standings(differences),
-        geometry=_correlations(geometry, site),
-        cosines=_cosines(comparisons),
-        causal=_causal(effects),
+        pooling=pooling,
+        topics=topics_of(results.sets),
+        crossfit=is_crossfit(results.sets),
+        auroc=_means(results.scores),
+        standings=_standings(results.differences),
+        sets=tuple(results.sets),
+        reverse=_reverse(alignments),
+        cross=_cross(results.cross, alignments),
+        outputs=_outputs(results.outputs),
+        geometry=_correlations(results.geometry, site, pooling),
+        cosines=_cosines(results.comparisons),
+        causal=_causal(results.effects),
     )
+
+
+def _reverse(alignments: Sequence[Alignment]) -> Reverse | None:
+    if all(a.reverse_q is None for a in alignments):
+        return None
+    forms = {"found": "reverse_q", "found as a set": "reverse_set_q"}
+    qs = [getattr(a, forms[a.verdict]) for a in alignments if a.verdict in forms]
+    return Reverse(len(qs), sum(q is not None and q <= 0.05 for q in qs))
+
+
+def _cross(rows: Sequence[Cross], alignments: Sequence[Alignment]) -> CrossMap | None:
+    family = {a.concept: a.family for a in alignments}
+    own, kin, others = dict[str, float](), list[float](), list[float]()
+    most = dict[str, float]()
+    for row in rows:
+        if not math.isfinite(row.auroc):
+            continue
+        if row.concept == row.other:
+            own[row.concept] = row.auroc
+            continue
+        most[row.concept] = max(most.get(row.concept, 0.0), row.auroc)
+        (kin if family.get(row.concept) == family.get(row.other) else others).append(row.auroc)
+    if not own:
+        return None
+    return CrossMap(
+        n=len(own),
+        own=float(np.mean(list(own.values()))),
+        family=float(np.mean(kin)) if kin else None,
+        others=float(np.mean(others)) if others else None,
+        highest=sum(value >= most.get(concept, 0.0) for concept, value in own.items()),
+    )
+
+
+def _outputs(rows: Sequence[OutputScore]) -> OutputSide | None:
+    best = [row for row in rows if row.rank == 1]
+    if not best:
+        return None
+    compared = finite(row.word_p for row in best)
+    return OutputSide(
+        n=len(best),
+        first=sum(row.word_rank == 1 for row in best),
+        median_rank=float(np.median([row.word_rank for row in best])),
+        passed=sum(p <= 0.05 for p in compared) if compared else None,
+        agreement=tuple(
+            found
+            for measure in ("output_score", "word_score")
+            if (found := agreement(rows, measure)) is not None
+        ),
+    )
+
+
+def agreement(rows: Sequence[OutputScore], measure: str) -> Agreement | None:
+    """Kendall's tau-b between input and output side, within each concept; its mean over concepts.
+
+    Within concepts, so that concepts that are easy on both sides do not make the two agree. A
+    concept whose candidates tie throughout on either side has none.
+    """
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        pair = (row.input_auroc, float(getattr(row, measure)))
+        if all(map(math.isfinite, pair)):
+            groups.setdefault(row.concept, []).append(pair)
+    taus, used = list[float](), 0
+    for pairs in groups.values():
+        x, y = zip(*pairs, strict=True)
+        if len(set(x)) > 1 and len(set(y)) > 1:
+            taus.append(float(kendalltau(x, y, variant="b").statistic))
+            used += len(pairs)
+    mean = mean_interval(taus)
+    return Agreement(measure, mean, used) if mean else None
 
 
 def _means(scores: Sequence[Score]) -> dict[tuple[str, str], Mean]:
@@ -237,7 +399,7 @@ def _standings(differences: Sequence[Difference]) -> tuple[Standing, ...]:
     for row in differences:
         if row.concept:
             groups.setdefault((row.ours, row.baseline), []).append(row)
-    order = {name: i for i, name in enumerate(METHODS)}
+    order = {name: i for i, name in enumerate((*METHODS, *CONTROLS))}
     rank = sorted(groups, key=lambda pair: [order.get(name, len(order)) for name in pair])
     standings = []
     for ours, baseline in rank:
@@ -250,12 +412,23 @@ def _standings(differences: Sequence[Difference]) -> tuple[Standing, ...]:
     return tuple(standings)
 
 
-def _correlations(geometry: Sequence[Geometry], site: str | None) -> tuple[Correlation, ...]:
-    there = {(g.norm, g.source, g.component): g for g in geometry if g.site == EMBEDDING != site}
+def is_at(row: Vector | Geometry, site: str | None, pooling: str | None) -> bool:
+    """Whether a row is of this site under this pooling."""
+    return (row.site, row.pooling) == (site, pooling)
+
+
+def _correlations(
+    geometry: Sequence[Geometry], site: str | None, pooling: str | None
+) -> tuple[Correlation, ...]:
+    there = {
+        (g.norm, g.source, g.component): g
+        for g in geometry
+        if site != EMBEDDING and is_at(g, EMBEDDING, pooling)
+    }
     return tuple(
         Correlation(g, there.get((g.norm, g.source, g.component)))
         for g in geometry
-        if g.site == site and math.isfinite(g.r)
+        if is_at(g, site, pooling) and math.isfinite(g.r)
     )
 
 

@@ -16,6 +16,19 @@ if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
 
 INK, SOFT, GRID = "#1a1c20", "#5c626b", "#dfe2e6"
+METHOD_COLOURS = {  # after Okabe and Ito (2008); controls in greys
+    "latent": "#0072b2",
+    "set": "#56b4e9",
+    "vector": "#d55e00",
+    "probe": "#cc79a7",
+    "embedding": "#009e73",
+    "tfidf": "#3a3d42",
+    "random": "#7d838c",
+    "untrained": "#8d939b",
+    "untrained set": "#a3a8af",
+    "randomised": "#8d939b",
+    "randomised set": "#a3a8af",
+}
 WIDTH = 9.0  # inches at 72 points: a view box of 648, set to the width of the page
 _STYLE: "dict[RcKeyType, Any]" = {
     "figure.dpi": 72,

@@ -13,19 +13,26 @@ from discovery import records
 from discovery.concepts import load_concepts
 from discovery.records import (
     Alignment,
+    Candidate,
     Comparison,
     Context,
     Control,
+    Cross,
+    CurvePoint,
+    Depth,
     Effect,
     Label,
+    OutputScore,
     PromotedToken,
     Sae,
     Score,
     SetMember,
+    TextSet,
     Vector,
 )
 from labeling import catalog
-from labeling.catalog import Catalog, Results, build
+from labeling.catalog import Catalog, build
+from labeling.results import RECORDS, Results
 from saes.errors import UserError
 
 SITE = "blocks.1.hook_resid_post"
@@ -62,13 +69,24 @@ def results() -> Results:
         )
         for i, (c, verdict) in enumerate(zip(concepts, verdicts, strict=True))
     ]
-    tokens = ("Once", " naïve", " 🙂", "", "\n")
     return Results(
         facts={"model": "tiny", "a": "b"},
         concepts=concepts,
         alignments=alignments,
+        sets=[row(TextSet, set="confirmation", source="mine", language="de", texts=9, topics=3)],
+        candidates=[
+            row(Candidate, concept="sad", site=SITE, rank=1, latent=7, auroc=0.8),
+            row(Candidate, concept="sad", site=SITE, rank=2, latent=9, firing_ratio=math.inf),
+        ],
+        outputs=[row(OutputScore, concept="sad", site=SITE, latent=7, rank=1, word_rank=3)],
+        cross=[
+            row(Cross, concept="sad", other=other, auroc=auroc)
+            for other, auroc in (("sad", 0.9), ("calm", 0.4), ("proud", 0.6), ("at ease", math.nan))
+        ],
+        curve=[row(CurvePoint, k=16, set="selection")],
+        depth=[row(Depth, site=SITE, pooling="rule", method="latent", set="selection")],
         members=[row(SetMember, concept="sad", site=SITE, latent=7, rank=1, weight=-0.25)],
-        scores=[row(Score, concept="sad", method="tfidf", set="hard", auroc=math.nan)],
+        scores=[row(Score, concept="sad", method="tfidf", set="confirmation", auroc=math.nan)],
         controls=[row(Control, labels="true", found=1)],
         vectors=[row(Vector, concept="sad", site=SITE)],
         comparisons=[row(Comparison, concept="sad", site=SITE, latent=0, cosine=-0.1)],
@@ -87,13 +105,17 @@ def results() -> Results:
             row(PromotedToken, site=SITE, latent=7, sign=1, rank=1, token=" grieving"),
         ],
         contexts=[
-            Context(
-                SITE, 0, 1, "t1", "hard", "sad", "sea", 3.5, tokens, (0.0, 3.5, 0.001, 1.0, 0.0)
-            ),
-            Context(SITE, 7, 1, "t1", "hard", "sad", "sea", 9e5, tokens, (9e5, 0.0, 0.0, 0.0, 0.0)),
+            context(0, 3.5, (0.0, 3.5, 0.001, 1.0, 0.0)),
+            context(7, 9e5, (9e5, 0.0, 0.0, 0.0, 0.0)),
         ],
         saes=[row(Sae, site=SITE, latents=128, source="packaged/sae", neuronpedia=None)],
     )
+
+
+def context(latent: int, peak: float, activations: tuple[float, ...]) -> Context:
+    tokens = ("Once", " naïve", " 🙂", "", "\n")
+    about = ("sad", "at ease")
+    return Context(SITE, latent, 1, "t1", "confirmation", about, "sea", peak, tokens, activations)
 
 
 @pytest.fixture
@@ -144,6 +166,15 @@ def test_every_result_comes_back(store: Catalog) -> None:
     assert page.row.label == made.labels[0]
     assert [r.concept.name for r in page.nearest] == ["calm", "sad"]
     assert page.members == [(made.members[0], made.labels[1], ["grieving"])]
+    assert page.candidates == [
+        (made.candidates[0], made.labels[1], made.outputs[0]),
+        (made.candidates[1], None, None),
+    ]
+    assert [(c.other, c.auroc, r.concept.name) for c, r in page.cross] == [
+        ("proud", 0.6, "proud"),
+        ("calm", 0.4, "calm"),
+    ]
+    assert store.text_sets() == made.sets
     assert page.vectors == made.vectors
     assert page.comparisons == made.comparisons
     assert page.effects == made.effects[:2]
@@ -166,6 +197,7 @@ def test_the_page_of_a_feature(store: Catalog) -> None:
     assert page.effects == made.effects[:2]  # the controls beside the feature itself
     (context,) = page.contexts
     assert context.tokens == made.contexts[0].tokens
+    assert context.concepts == ("sad", "at ease")
     assert context.activations == pytest.approx(made.contexts[0].activations, rel=1e-3)
     member = store.feature(SITE, 7)
     assert member is not None
@@ -263,3 +295,4 @@ def test_every_record_type_has_a_table() -> None:
         if isinstance(value, type) and value.__module__ == "discovery.records"
     }
     assert every <= stored
+    assert every == {record for _, record in RECORDS.values()}

@@ -15,7 +15,7 @@ from tokenizers.processors import ByteLevel
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from discovery.corpora import Text
+from discovery.corpora.rows import Text
 from labeling.evidence import (
     contexts,
     promoted_tokens,
@@ -94,7 +94,7 @@ def neox(tiny_tokenizer: PreTrainedTokenizerFast) -> LM:
 
 
 def texts_of(sentences: tuple[str, ...]) -> list[Text]:
-    return [Text(f"t{i}", s, "sad", "sea", "hard", "a") for i, s in enumerate(sentences)]
+    return [Text(f"t{i}", s, ("sad",), "confirmation", "sea", "a") for i, s in enumerate(sentences)]
 
 
 def alone(lm: LM, dictionary: Plain, text: str) -> Float[np.ndarray, "tokens d_sae"]:
@@ -197,6 +197,24 @@ def test_contexts_match_each_text_run_alone(tiny_lm: LM, dictionary: Plain) -> N
             cut = i == 4  # longer than the model's context
             assert texts[i].text.startswith(joined)
             assert (joined == texts[i].text) != cut
+
+
+def test_a_text_read_in_several_windows_is_shown_whole(tiny_lm: LM, dictionary: Plain) -> None:
+    texts = texts_of(SENTENCES)
+    everything = replace(dictionary, threshold=-1e9)
+    pooled = sparse.csr_array(np.eye(len(texts), everything.d_sae)[:, ::-1])
+    latents = [everything.d_sae - 1 - i for i in range(len(texts))]  # each fires in its own text
+    rows = contexts(tiny_lm, everything, pooled, texts, latents, n=1, long="chunk")
+    assert ["".join(row.tokens) for row in rows] == list(SENTENCES)
+    first, *words = tiny_lm.tokenizer(SENTENCES[4])["input_ids"]
+    step = tiny_lm.context - 1
+    assert len(words) > step, "the last text is longer than the context"
+    for start in range(0, len(words), step):
+        ids = [first, *words[start : start + step]]
+        residual = capture(tiny_lm, pad(tiny_lm, [ids]), [SITE])[SITE][0, 1:]
+        expected = everything.encode(residual)[:, latents[4]].numpy()
+        shown = rows[4].activations[start : start + step]
+        np.testing.assert_allclose(shown, expected, atol=1e-4)
 
 
 def test_a_first_token_that_is_not_read_is_shown_as_silent(tiny_lm: LM, dictionary: Plain) -> None:

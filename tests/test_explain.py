@@ -1,5 +1,6 @@
 """Names and confidence: bounds, monotone parts, and an honest name for every verdict."""
 
+import typing
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ def alignment(concept: str, verdict: str, latent: int, **changed: Any) -> Alignm
         "site": SITE,
         "latent": latent,
         "firing": 0.1,
-        "auroc_first": 0.9,
+        "auroc_selection": 0.9,
         "auroc": 0.88 if passed else 0.6,
         "auroc_low": 0.5,
         "auroc_high": 0.95,
@@ -49,7 +50,7 @@ def alignment(concept: str, verdict: str, latent: int, **changed: Any) -> Alignm
         "specific_auroc": 0.7,
         "specific_p": 0.01,
         "specific_q": 0.02 if passed else None,
-        "set_auroc_first": 0.9,
+        "set_auroc_selection": 0.9,
         "set_auroc": 0.85,
         "set_auroc_low": 0.8,
         "set_auroc_high": 0.9,
@@ -66,11 +67,13 @@ def alignment(concept: str, verdict: str, latent: int, **changed: Any) -> Alignm
         "latent_lexical_p": 0.5,
         "detectable_auroc": 0.84,
     }
-    return Alignment(**{**values, **changed})
+    plain = {str: "", int: 0, float: 0.5}
+    others = {n: plain.get(kind) for n, kind in typing.get_type_hints(Alignment).items()}
+    return Alignment(**{**others, **values, **changed})
 
 
-def context(concept: str, kind: str = "hard") -> Context:
-    return Context(SITE, 1, 1, "t", kind, concept, "sea", 1.0, ("a",), (1.0,))
+def context(*concepts: str, kind: str = "confirmation") -> Context:
+    return Context(SITE, 1, 1, "t", kind, concepts, "sea", 1.0, ("a",), (1.0,))
 
 
 def raised(*tokens: str) -> list[PromotedToken]:
@@ -139,9 +142,7 @@ def test_each_verdict_gives_an_honest_name(
     label = explain(SITE, 1, 0.1, claims(SITE, 1, rows, []), [], [], CONCEPTS)
     assert label.name == name
     assert label.concepts == ("sad",)
-    assert label.reason.endswith(
-        "it raises no word of its family and fires in 10 % of the stories."
-    )
+    assert label.reason.endswith("it raises no word of its family and fires in 10 % of the texts.")
 
 
 def test_roles_of_a_latent_that_is_nobodys_best() -> None:
@@ -180,9 +181,9 @@ def test_the_figures_are_in_the_reason() -> None:
         CONCEPTS,
     )
     assert label.reason == (
-        "Confirmed for sad on the hard set (AUROC 0.88, q = 0.002); it also fires on the bare "
-        "word; top contexts score 0.50 for it (chance 0.10); it raises “sadness” and fires in "
-        "25 % of the stories."
+        "Confirmed for sad on the confirmation set (AUROC 0.88, q = 0.002); it also fires on the "
+        "bare word; top contexts score 0.50 for it (chance 0.10); it raises “sadness” and fires in "
+        "25 % of the texts."
     )
     share = (0.5 - label_chance("sad")) / (1 - label_chance("sad"))
     expected = 0.4 + 0.25 * 0.76 + 0.2 * share + 0.1 + 0.05 * 0.75
@@ -197,14 +198,16 @@ def label_chance(name: str) -> float:
 
 def test_contexts_are_credited_by_concept_and_family() -> None:
     sad = BY_NAME["sad"]
-    shown = [context("sad"), context("hurt"), context("happy"), context("")]
+    shown = [context("sad"), context("hurt"), context("happy"), context()]
     assert sad.family == BY_NAME["hurt"].family != BY_NAME["happy"].family
     assert context_share("concept", sad, shown, CONCEPTS) == (
         pytest.approx(1.5 / 4),
         pytest.approx(label_chance("sad")),
     )
     assert context_share("family", sad, shown, CONCEPTS)[0] == pytest.approx(2 / 4)
-    mentions = [context("sad", "mentions")]
+    several = [context("happy", "hurt", "sad"), context("happy", "hurt")]
+    assert context_share("concept", sad, several, CONCEPTS)[0] == pytest.approx(1.5 / 2)
+    mentions = [context("sad", kind="lexical")]
     assert context_share("concept", sad, mentions, CONCEPTS)[0] == 0
     assert context_share("word", sad, mentions, CONCEPTS)[0] == 1
     assert context_share("concept", sad, [], CONCEPTS)[0] == 0

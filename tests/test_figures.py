@@ -17,19 +17,20 @@ from discovery.concepts import Concept, load_concepts
 from discovery.records import VERDICTS, Comparison, Effect, Geometry, Score, Vector
 from labeling import figures
 from labeling.figures import VERDICT_COLOURS
-from labeling.summary import METHODS, Correlation, Mean, Standing
+from labeling.summary import CONTROLS, METHODS, Correlation, Mean, Standing
 from labeling.svg import INK, canvas, places, swarm
 
 SITE = "blocks.2.hook_resid_post"
 RNG = np.random.default_rng(3)
 CONCEPTS = load_concepts()[:12]
 VECTORS = [
-    Vector(c.name, SITE, 0.2, 0.7, 0.84, *(float(x) for x in RNG.normal(size=2))) for c in CONCEPTS
+    Vector(c.name, SITE, "rule", 0.2, 0.7, 0.84, *(float(x) for x in RNG.normal(size=2)))
+    for c in CONCEPTS
 ]
 
 
 def correlation(component: int) -> Correlation:
-    here = Geometry(SITE, "valence", "glasgow", component, 0.6, 0.4, 0.75, 60, 0.25)
+    here = Geometry(SITE, "rule", "valence", "glasgow", component, 0.6, 0.4, 0.75, 60, 0.25)
     return Correlation(here, here)
 
 
@@ -46,8 +47,8 @@ def drawn() -> dict[str, str]:
     scores = [
         Score(c.name, m, s, float(x), 0.4, 0.9)
         for c in CONCEPTS
-        for m in METHODS
-        for s, x in zip(("first", "hard"), RNG.uniform(0.4, 1, 2), strict=True)
+        for m in (*METHODS, *CONTROLS)
+        for s, x in zip(("selection", "confirmation"), RNG.uniform(0.4, 1, 2), strict=True)
     ]
     compared = [
         Comparison(c.name, SITE, 4, 0.3, 99.0, 0.0, -0.1, 0.1, 0.4, 5, 0.35, 0.8) for c in CONCEPTS
@@ -58,7 +59,7 @@ def drawn() -> dict[str, str]:
     return {
         "verdict_counts": figures.verdict_counts([("true labels", counts), ("a < b & c", counts)]),
         "valence_map": figures.valence_map(VECTORS, CONCEPTS, [correlation(1), correlation(2)]),
-        "auroc": figures.auroc(scores, 16),
+        "auroc": figures.auroc(scores, 16, "AUROC"),
         "standings": figures.standings([standing], 12, 16),
         "cosines": figures.cosines(compared, [], {c.name: c.slug for c in CONCEPTS}),
         "dose_summary": figures.dose_summary(changes),
@@ -142,7 +143,8 @@ def test_one_concept_is_enough_for_every_figure() -> None:
     assert "svg" in figures.valence_map(VECTORS[:1], one, [])
     assert "svg" in figures.dose_multiples(effects(one[0].name))
     assert "svg" in figures.dose_summary(effects(one[0].name))
-    assert "svg" in figures.auroc([Score(one[0].name, "latent", "hard", 0.5, 0.4, 0.6)], None)
+    score = Score(one[0].name, "latent", "confirmation", 0.5, 0.4, 0.6)
+    assert "svg" in figures.auroc([score], None)
 
 
 @given(st.lists(st.floats(0, 1, allow_subnormal=False), min_size=1, max_size=60))

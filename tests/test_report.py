@@ -1,7 +1,7 @@
 """The report: planted numbers come out as words; the page stands alone; nothing hostile gets in."""
 
-import inspect
 import re
+import typing
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,6 +30,7 @@ from discovery.records import (
 )
 from labeling.prose import paragraphs, summary_rows
 from labeling.report import report
+from labeling.results import Results
 from labeling.summary import Summary, at_kl, summarise
 
 SITE, EMBEDDING = "blocks.5.hook_resid_post", "blocks.0.hook_resid_pre"
@@ -38,8 +39,18 @@ CENTRES["tfidf"] = 0.8
 DOSES = (0.25, 0.5, 1.0)
 
 
+def row(record: type, **values: Any) -> Any:
+    """A record with these values, and plain ones elsewhere."""
+    plain = {str: "", int: 0, float: 0.5, bool: False}
+    filled = {
+        name: values.get(name, plain.get(kind, () if typing.get_origin(kind) is tuple else None))
+        for name, kind in typing.get_type_hints(record).items()
+    }
+    return record(**filled)
+
+
 def planted(concepts: list[Concept], *, shift: float = 0.0, causal: int = 24) -> dict[str, Any]:
-    """Plausible records of a whole run; `shift` moves every AUROC on the hard set."""
+    """Plausible records of a whole run; `shift` moves every AUROC on the confirmation set."""
     rng = np.random.default_rng(0)
     names = [c.name for c in concepts]
     scores, differences, hard = [], [], {}
@@ -49,7 +60,8 @@ def planted(concepts: list[Concept], *, shift: float = 0.0, causal: int = 24) ->
             value = float(np.clip(centre + shift + level + rng.normal(0, 0.05), 0.3, 0.99))
             first = float(np.clip(value + 0.1 + rng.normal(0, 0.02), 0.3, 0.995))
             hard[c, method] = value
-            for name, x in (("hard", value), ("first", first), ("situations", value - 0.05)):
+            values = {"confirmation": value, "selection": first, "situations": value - 0.05}
+            for name, x in values.items():
                 scores.append(Score(c, method, name, x, max(x - 0.08, 0.0), min(x + 0.08, 1.0)))
         for ours in ("latent", "set"):
             for baseline in ("vector", "probe", "embedding", "tfidf"):
@@ -66,7 +78,7 @@ def planted(concepts: list[Concept], *, shift: float = 0.0, causal: int = 24) ->
         "facts": {
             "model": "demo_lm (8.6 M parameters)",
             "SAE 1": "blocks.3.hook_resid_post: L0 32.0, variance explained 0.731",
-            "texts": "first 2,052, hard 2,052, mentions 1,368",
+            "texts": "selection 2,052, confirmation 2,052, lexical 1,368",
         },
         "concepts": concepts,
         "alignments": alignments,
@@ -81,13 +93,13 @@ def planted(concepts: list[Concept], *, shift: float = 0.0, causal: int = 24) ->
             Control("true", *counts, 61),
             Control("shuffled within topic", 0, 0, 0, 1, len(names) - 1, 0),
         ],
-        "sites": [
-            SiteChoice("blocks.3.hook_resid_post", 0.668, 0.801, False),
-            SiteChoice(SITE, 0.701, 0.832, True),
+        "site_choices": [
+            SiteChoice("blocks.3.hook_resid_post", "rule", 0.668, 0.801, False),
+            SiteChoice(SITE, "rule", 0.701, 0.832, True),
         ],
         "vectors": [_vector(c, rng, s) for s in (SITE, EMBEDDING) for c in concepts],
         "geometry": [
-            Geometry(s, norm, source, component, r, r - 0.12, r + 0.09, n, share)
+            Geometry(s, "rule", norm, source, component, r, r - 0.12, r + 0.09, n, share)
             for s, scale in ((SITE, 1.0), (EMBEDDING, 0.7))
             for norm, source, component, r, n, share in (
                 ("valence", "glasgow", 1, 0.71 * scale, 108, 0.26),
@@ -118,24 +130,25 @@ def _alignment(
         verdict = "found as a set"
     elif i % 17 == 0:
         verdict = "lexical only"
-    return Alignment(
+    return row(
+        Alignment,
         concept=concept.name, family=concept.family, verdict=verdict, also_lexical=i % 5 == 0,
-        site=SITE, latent=(i * 37) % 4096, firing=0.1,
-        auroc_first=single + 0.1, auroc=single, auroc_low=single - 0.09,
+        site=SITE, pooling="rule", latent=(i * 37) % 4096, firing=0.1,
+        auroc_selection=single + 0.1, auroc=single, auroc_low=single - 0.09,
         auroc_high=min(single + 0.09, 1.0), p=10 ** -(40 * max(single - 0.5, 0.0)), q=0.03,
         specific_auroc=single - 0.05, specific_p=0.02, specific_q=0.04 if single > 0.7 else None,
-        set_auroc_first=of_set + 0.1, set_auroc=of_set, set_auroc_low=of_set - 0.09,
+        set_auroc_selection=of_set + 0.1, set_auroc=of_set, set_auroc_low=of_set - 0.09,
         set_auroc_high=min(of_set + 0.09, 1.0), set_p=1e-5, set_q=4e-5, set_specific_auroc=0.7,
-        set_specific_p=0.01, set_specific_q=None,
-        nearest=tuple(names[:5]), lexical_latent=7, lexical_auroc=0.6, lexical_p=0.2,
-        lexical_q=0.6, latent_lexical_p=0.4, detectable_auroc=0.84,
+        set_specific_p=0.01, nearest=tuple(names[:5]), positives=12, lexical_latent=7,
+        lexical_auroc=0.6, lexical_p=0.2, lexical_q=0.6, latent_lexical_p=0.4,
+        detectable_auroc=0.84,
     )  # fmt: skip
 
 
 def _vector(concept: Concept, rng: np.random.Generator, site: str) -> Vector:
     x = (concept.valence or 4.0) - 4.5 + rng.normal(0, 1.2)
     y = (concept.arousal or 5.3) - 5.3 + rng.normal(0, 0.9)
-    return Vector(concept.name, site, 0.2, 0.75, 0.866, float(x / 40), float(y / 40))
+    return Vector(concept.name, site, "rule", 0.2, 0.75, 0.866, float(x / 40), float(y / 40))
 
 
 def _comparison(row: Alignment, rng: np.random.Generator) -> Comparison:
@@ -157,21 +170,9 @@ def _effects(row: Alignment, rng: np.random.Generator) -> list[Effect]:
         for dose in DOSES:
             delta, kl = strength * dose**0.8, cost * dose**2
             half = 0.15 + 0.3 * dose if condition == "random" else 0.12 * dose + 0.05
-            effects.append(
-                Effect(
-                    row.concept,
-                    row.verdict,
-                    condition,
-                    SITE,
-                    row.latent if condition == "feature" else -1,
-                    dose,
-                    float(delta),
-                    float(delta - half),
-                    float(delta + half),
-                    kl,
-                    40,
-                )
-            )
+            latent = row.latent if condition == "feature" else -1
+            figures = (dose, float(delta), float(delta - half), float(delta + half), kl, 40)
+            effects.append(Effect(row.concept, row.verdict, condition, SITE, latent, *figures))
     return effects
 
 
@@ -186,13 +187,12 @@ def page(world: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> str
 
 
 def written(path: Path, world: dict[str, Any]) -> str:
-    report(path, **world)
+    report(path, Results(**world))
     return path.read_text(encoding="utf-8")
 
 
 def summary_of(world: dict[str, Any]) -> Summary:
-    needed = inspect.signature(summarise).parameters
-    return summarise(**{name: world[name] for name in needed})
+    return summarise(Results(**world))
 
 
 class Reader(HTMLParser):
@@ -221,7 +221,7 @@ class Reader(HTMLParser):
 
 
 def interval_of(values: list[float]) -> tuple[float, float, float]:
-    """Mean and 95 % t interval by scipy, independent of discovery.scores."""
+    """Mean and 95 % t interval by scipy, independent of discovery.inference."""
     low, high = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
     return float(np.mean(values)), float(low), float(high)
 
@@ -262,12 +262,12 @@ def test_page_needs_nothing_from_outside(page: str) -> None:
 
 
 def test_every_concept_has_a_row_with_its_figures(world: dict[str, Any], page: str) -> None:
-    rows = dict(re.findall(r'<tr id="c-([^"]+)">(.*?)</tr>', page, flags=re.S))
+    rows = dict(re.findall(r'<tbody id="c-([^"]+)">(.*?)</tbody>', page, flags=re.S))
     assert set(rows) == {c.slug for c in world["concepts"]}
     slugs = {c.name: c.slug for c in world["concepts"]}
     baselines: dict[str, float] = {}
     for s in world["scores"]:
-        if s.set == "hard" and s.method not in ("latent", "set"):
+        if s.set == "confirmation" and s.method not in ("latent", "set"):
             baselines[s.concept] = max(baselines.get(s.concept, 0), s.auroc)
     for a in world["alignments"][::10]:
         text = Reader(rows[slugs[a.concept]]).text
@@ -283,7 +283,7 @@ def test_every_concept_has_a_row_with_its_figures(world: dict[str, Any], page: s
 def test_facts_sites_controls_and_tables_are_shown(page: str) -> None:
     text = Reader(page).text
     for shown in (
-        "demo_lm (8.6 M parameters)", "first 2,052, hard 2,052, mentions 1,368",
+        "demo_lm (8.6 M parameters)", "selection 2,052, confirmation 2,052, lexical 1,368",
         "variance explained 0.731", "0.668", "0.801", "chosen", "shuffled within topic",
     ):  # fmt: skip
         assert shown in text
@@ -302,7 +302,7 @@ def test_hostile_strings_stay_text(tmp_path: Path) -> None:
     world["facts"] = {"model": HOSTILE, HOSTILE: [HOSTILE], "table": {HOSTILE: {HOSTILE: HOSTILE}}}
     world["labels"] = [replace(n, name=HOSTILE, level=HOSTILE) for n in world["labels"]]
     world["controls"] = [*world["controls"], replace(world["controls"][1], labels=HOSTILE)]
-    world["sites"] = [replace(s, site=s.site + HOSTILE) for s in world["sites"]]
+    world["site_choices"] = [replace(s, site=s.site + HOSTILE) for s in world["site_choices"]]
     reader = Reader(written(tmp_path / "report.html", world))
     assert not {"script", "img"} & set(reader.tags)
     assert not [name for name in reader.attributes if name.startswith("on")]
@@ -318,7 +318,7 @@ def test_hostile_strings_stay_text(tmp_path: Path) -> None:
         lambda _: {"effects": []},
         lambda w: {"effects": [e for e in w["effects"] if e.condition != "vector"]},
         lambda w: {"effects": [replace(e, dose=0.0) for e in w["effects"]], "differences": [],
-                   "scores": [s for s in w["scores"] if s.set == "hard"]},
+                   "scores": [s for s in w["scores"] if s.set == "confirmation"]},
         lambda w: {name: [_without_numbers(row) for row in w[name]]
                    for name in ("alignments", "scores", "differences", "comparisons", "effects")},
         lambda w: {n: [] for n in w if n not in ("facts", "concepts", "alignments")},
@@ -368,9 +368,10 @@ def test_numbers_of_the_verdicts(world: dict[str, Any]) -> None:
     ]  # fmt: skip
 
 
-def test_numbers_of_the_hard_set(world: dict[str, Any]) -> None:
+def test_numbers_of_the_confirmation_set(world: dict[str, Any]) -> None:
     hard = {
-        m: [s.auroc for s in world["scores"] if (s.set, s.method) == ("hard", m)] for m in CENTRES
+        m: [s.auroc for s in world["scores"] if (s.set, s.method) == ("confirmation", m)]
+        for m in CENTRES
     }
     expected = ["171"]
     for method in sorted(hard, key=lambda m: -np.mean(hard[m])):
@@ -392,7 +393,7 @@ def test_numbers_of_the_hard_set(world: dict[str, Any]) -> None:
     assert "Plainly: counting words recognises these concepts better than this SAE's" in text
 
 
-def test_numbers_of_the_first_set(world: dict[str, Any]) -> None:
+def test_numbers_of_the_selection_set(world: dict[str, Any]) -> None:
     def mean(name: str, method: str) -> float:
         return float(
             np.mean([s.auroc for s in world["scores"] if (s.set, s.method) == (name, method)])
@@ -400,11 +401,11 @@ def test_numbers_of_the_first_set(world: dict[str, Any]) -> None:
 
     expected = []
     for method in CENTRES:
-        expected += (["16"] if method == "set" else []) + [f"{mean('first', method):.3f}"]
-    expected.append(f"{mean('first', 'tfidf') - mean('hard', 'tfidf'):.3f}")
+        expected += (["16"] if method == "set" else []) + [f"{mean('selection', method):.3f}"]
+    expected.append(f"{mean('selection', 'tfidf') - mean('confirmation', 'tfidf'):.3f}")
     text = paragraphs(summary_of(world))[2]
     assert numbers(text) == expected
-    assert "cross-fitted over its writers" in text
+    assert "cross-fitted over its units" in text
 
 
 def test_numbers_of_geometry_cosines_and_effects(world: dict[str, Any]) -> None:

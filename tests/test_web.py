@@ -1,8 +1,6 @@
 """The pages: all of them answer, hostile text stays text, and a real browser can use them."""
 
-import socket
-import subprocess
-import sys
+import re
 import threading
 import time
 import typing
@@ -21,22 +19,26 @@ from discovery.concepts import Concept, load_concepts
 from discovery.records import (
     VERDICTS,
     Alignment,
+    Candidate,
     Comparison,
     Context,
     Control,
+    Cross,
     Effect,
     Label,
+    OutputScore,
     PromotedToken,
     Sae,
     Score,
     SetMember,
+    TextSet,
     Vector,
 )
-from labeling.catalog import FILE, Results, build
+from labeling.catalog import FILE, build
+from labeling.results import Results
 from labeling.web import charts, sentences
 from labeling.web.app import create_app
-from labeling.web.serve import browse, is_loopback, listen
-from saes.errors import UserError
+from labeling.web.serve import listen
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -97,9 +99,28 @@ def results() -> Results:
         ],
         scores=[
             row(Score, concept="sad", method=m, set=s, auroc=0.8, low=0.7, high=0.9)
-            for m in ("tfidf", "latent", "probe")
-            for s in ("hard", "first", "situations")
+            for m in ("tfidf", "untrained set", "latent", "probe")
+            for s in ("confirmation", "selection", "situations")
         ],
+        sets=[row(TextSet, set="confirmation", source="mine", language="fr", texts=1234, topics=9)],
+        candidates=[
+            row(
+                Candidate, concept="sad", site=SITE, rank=1, latent=7, auroc=0.87, firing_ratio=2.25
+            ),
+            row(Candidate, concept="sad", site=SITE, rank=2, latent=9, auroc=0.83),
+        ],
+        outputs=[
+            row(
+                OutputScore,
+                concept="sad",
+                site=SITE,
+                latent=7,
+                word_score=-0.75,
+                word_rank=3,
+                word_p=0.031,
+            )
+        ],
+        cross=[row(Cross, concept="sad", other=o, auroc=0.3 + i / 10) for i, o in enumerate(NAMES)],
         controls=[row(Control, labels="true", found=1), row(Control, labels="shuffled 1")],
         vectors=[row(Vector, concept="sad", site=SITE)],
         comparisons=[
@@ -119,7 +140,18 @@ def results() -> Results:
             row(PromotedToken, site=SITE, latent=0, sign=-1, rank=1, token=" cheer", logit=-2.5),
         ],
         contexts=[
-            Context(SITE, 0, 1, "t", "hard", "sad", "sea", 2.0, tokens, (0.0, 0.5, 2.0, 0.0))
+            Context(
+                SITE,
+                0,
+                1,
+                "t",
+                "confirmation",
+                ("sad", "calm"),
+                "sea",
+                2.0,
+                tokens,
+                (0.0, 0.5, 2.0, 0.0),
+            )
         ],
         saes=[row(Sae, site=SITE, latents=4096, source="a/b", neuronpedia="gpt2-small/1-res-jb")],
     )
@@ -167,14 +199,79 @@ def test_the_page_of_a_concept(client: TestClient) -> None:
     page = client.get("/concept/sad")
     assert page.status_code == 200
     text = page.text
-    assert "One latent, chosen on the first set of stories, recognises sad" in text
+    assert "One latent, chosen on the selection set, recognises sad in the confirmation set" in text
     assert text.index("best single latent") < text.index("dense probe") < text.index("TF-IDF")
     assert f'href="/feature/{SITE}/0"' in text
     assert "−0.25" in text  # the weight of the second member
-    assert "cosine of 0.40 with the contrastive vector of the hard set, above" in text
+    assert "cosine of 0.40 with the contrastive vector of the confirmation set, above" in text
     assert text.count("contrastive vector, equal norm") == 1
     assert 'href="/concept/happy"' in text
     assert client.get("/concept/at-ease").status_code == 200  # nothing but a verdict
+
+
+def test_the_page_of_a_concept_shows_controls_and_both_sides(client: TestClient) -> None:
+    text = client.get("/concept/sad").text
+    assert text.index("TF-IDF") < text.index("set of an untrained SAE")
+    assert text.count('class="dotrow control"') == 1
+    rows = re.findall(r"<tr>(.*?)</tr>", text.split("<h2>Candidates</h2>")[1], flags=re.S)[1:3]
+    raised, other = (re.findall(r'<td class="n">\s*(.*?)\s*</td>', r, flags=re.S) for r in rows)
+    assert raised[2] == "0.87"
+    assert raised[7] == "2.2"
+    assert raised[-3:] == ["−0.75", "0.031", "3"]
+    assert other[-4:] == ["–"] * 4
+    assert f'href="/feature/{SITE}/7"' in raised[1]
+    assert "href" not in other[1]  # the catalog has no page of it
+    chips = text.split("What else its latent recognises")[1]
+    assert chips.index(">happy ") < chips.index(">proud ") < chips.index(">calm ")
+    assert "bootstrap over units" in text
+    assert "chosen on the confirmation set, tested on the selection set" in text
+
+
+def test_texts_are_shown_and_their_topics_heeded(client: TestClient, tmp_path: Path) -> None:
+    page = client.get("/").text
+    assert '<td>mine</td><td>fr</td><td class="n">1,234</td>' in page
+    assert "AUROC within topics on the confirmation set" in page
+    made = results()
+    flat = replace(
+        made,
+        sets=[replace(made.sets[0], set="selection", topics=1)],
+        alignments=[replace(a, lexical_latent=None, lexical_auroc=None) for a in made.alignments],
+    )
+    build(tmp_path / FILE, flat)
+    other = TestClient(create_app(tmp_path / FILE), base_url="http://127.0.0.1")
+    page = other.get("/").text
+    assert "AUROC on the folds left out, with a 95 % interval by DeLong" in page
+    assert "shuffled, run once" in page
+    page = other.get("/concept/sad").text
+    assert "chosen on the other folds, recognises sad in the folds left out" in page
+    assert "ithin topic" not in page
+    assert page.count("no lexical control was run") == 1
+    assert "No lexical control was run." in page
+
+
+def test_what_one_text_cannot_tell_is_not_drawn(tmp_path: Path) -> None:
+    plain, nan = results(), float("nan")
+    sad = replace(plain.concepts[0], definition="low <spirits>", prompts=("After the funeral",))
+    found = replace(
+        plain,
+        concepts=[sad, *plain.concepts[1:]],
+        scores=[replace(s, auroc=nan, low=nan, high=nan) if s.method == "probe" else
+                replace(s, low=nan, high=nan) for s in plain.scores],
+        vectors=[replace(v, reliability=nan, ceiling=nan) for v in plain.vectors],
+        comparisons=[replace(c, ceiling=nan) for c in plain.comparisons],
+        sets=[replace(s, set="selection") for s in plain.sets],
+    )  # fmt: skip
+    build(tmp_path / FILE, found)
+    client = TestClient(create_app(tmp_path / FILE), base_url="http://127.0.0.1:8171")
+    page = client.get("/concept/sad").text
+    assert "low &lt;spirits&gt;" in page
+    assert "After the funeral" in page
+    assert "dense probe" not in page
+    assert 'class="ceiling"' not in page
+    assert "too few for the vector&#39;s reliability" in page
+    assert "too few texts for a reliability" in page
+    assert "contrastive vector of the same texts" in page  # one corpus only
+    assert not re.search(r"\bnan\b", page)
 
 
 def test_the_page_of_a_feature(client: TestClient) -> None:
@@ -187,6 +284,7 @@ def test_the_page_of_a_feature(client: TestClient) -> None:
     assert text.index("·</span>grief") < text.index("·</span>cheer")
     assert '<span>Once</span><span class="h3" data-a="0.50"> she</span>' in text
     assert '<span class="h10 top" data-a="2.00"> wept</span><span>.</span>' in text
+    assert '<a href="/concept/sad">sad</a>, <a href="/concept/calm">calm</a>' in text
     assert "random features, equal norm" in text
     assert "Latent 0 of the 4,096 of <code>a/b</code>" in text
     assert 'href="https://www.neuronpedia.org/gpt2-small/1-res-jb/0"' in text
@@ -249,10 +347,12 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
         labels=[replace(f, name=HOSTILE, reason=HOSTILE, level=HOSTILE) for f in made.labels],
         promoted=[replace(p, token=HOSTILE) for p in made.promoted],
         contexts=[
-            replace(c, tokens=(HOSTILE,) * 4, concept=HOSTILE, topic=HOSTILE) for c in made.contexts
+            replace(c, tokens=(HOSTILE,) * 4, concepts=(HOSTILE,), topic=HOSTILE)
+            for c in made.contexts
         ],
         scores=[replace(s, method=HOSTILE, set=HOSTILE) for s in made.scores],
         saes=[replace(s, source=HOSTILE, neuronpedia=HOSTILE) for s in made.saes],
+        sets=[replace(t, set=HOSTILE, source=HOSTILE, language=HOSTILE) for t in made.sets],
     )
     build(tmp_path / FILE, hostile)
     client = TestClient(create_app(tmp_path / FILE), base_url="http://127.0.0.1")
@@ -289,62 +389,6 @@ def test_other_host_names_are_refused(client: TestClient, host: str) -> None:
 @pytest.mark.parametrize("host", ["localhost", "localhost:8171", "127.0.0.1:1", "[::1]:8171"])
 def test_loopback_names_are_answered(client: TestClient, host: str) -> None:
     assert client.get("/", headers={"host": host}).status_code == 200
-
-
-def test_a_catalog_that_cannot_be_read_is_refused_at_the_start(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no catalog"):
-        browse(tmp_path)
-    with pytest.raises(UserError, match="no run folder"):
-        browse(tmp_path / "missing")
-
-
-def test_a_port_in_use_names_the_way_out(run: Path) -> None:
-    with listen("127.0.0.1", 0) as taken:
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"port {port} .*--port"):
-            browse(run, port=port)
-    with pytest.raises(UserError, match=r"cannot listen on 192\.0\.2\.1"):
-        listen("192.0.2.1", 0)
-    with pytest.raises(UserError, match="port 99999"):
-        listen("127.0.0.1", 99999)
-
-
-@pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", False), ("0.0.0.0", True)])
-def test_browse_says_where_and_warns_when_others_can_read(
-    run: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-    host: str,
-    warned: bool,
-) -> None:
-    served: list[socket.socket] = []
-    monkeypatch.setattr(
-        uvicorn.Server, "run", lambda _server, sockets: served.extend(sockets), raising=True
-    )
-    browse(run, host=host, port=0)
-    assert f"http://{host}:" in capsys.readouterr().out
-    assert len(served) == 1
-    assert ("other machines" in caplog.text) == warned
-
-
-def test_loopback_addresses() -> None:
-    assert is_loopback("127.0.0.1")
-    assert is_loopback("::1")
-    assert not is_loopback("192.168.1.4")
-    assert not is_loopback("atlas.example")
-
-
-def test_browsing_imports_no_torch() -> None:
-    code = (
-        "import sys, labeling.web.serve\n"
-        "heavy = {'torch', 'transformers', 'sklearn', 'matplotlib'} & sys.modules.keys()\n"
-        "sys.exit(', '.join(heavy) or 0)"
-    )
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("verdict", VERDICTS)

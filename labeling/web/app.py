@@ -14,8 +14,9 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from discovery.records import VERDICTS, Effect
 from labeling.catalog import SORTS, Catalog
-from labeling.prose import method_name, number, probability
+from labeling.summary import CONTROLS, HELD_OUT, T_TOPICS, is_crossfit, topics_of
 from labeling.web import charts, sentences
+from labeling.words import method_name, number, probability
 
 HERE = Path(__file__).parent
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -49,6 +50,7 @@ def _environment(**shared: Any) -> Environment:
     environment.globals |= shared | {  # pyright: ignore[reportUnknownMemberType]
         "AUROC": charts.AUROC,
         "VERDICTS": VERDICTS,
+        "CONTROLS": CONTROLS,
         "Scale": charts.Scale,
         "heat": charts.heat,
     }
@@ -71,10 +73,16 @@ def create_app(
     """
     store = Catalog(catalog)
     facts = store.facts()
+    sets = store.text_sets()
+    topics, held_out = topics_of(sets), HELD_OUT[is_crossfit(sets)]
     environment = _environment(
         model=facts.get("model", ""),
         known={row.concept.name: row.concept for row in store.concepts()},
         has_report=report is not None and report.is_file(),
+        one_topic=topics == 1,
+        crossfit=is_crossfit(sets),
+        held_out=held_out,
+        over="over topics" if topics is None or topics >= T_TOPICS else "by DeLong",
     )
     app = FastAPI(title="Emotion Atlas", docs_url=None, redoc_url=None, openapi_url=None)
     app.mount("/static", StaticFiles(directory=HERE / "static"))
@@ -114,8 +122,9 @@ def create_app(
             rows=store.concepts(verdict, family, q, sort, reverse),
             counts=store.verdict_counts(),
             families=store.families(),
-            control=sentences.control_sentence(store.controls()),
+            control=sentences.control_sentence(store.controls(), topics),
             facts=facts,
+            sets=sets,
             verdict=verdict,
             family=family,
             q=q,
@@ -131,10 +140,13 @@ def create_app(
         return page(
             "concept.html",
             c=found,
-            sentence=sentences.verdict_sentence(found.row.alignment, len(found.members) or None),
-            methods=charts.method_rows(found.scores),
+            sentence=sentences.verdict_sentence(
+                found.row.alignment, len(found.members) or None, held_out
+            ),
+            methods=charts.method_rows(found.scores, crossfit=is_crossfit(sets)),
+            figures=sentences.figure_rows(found.row.alignment, topics, held_out),
             comparisons=[
-                (c, charts.cosine_scale(c), sentences.comparison_sentence(c))
+                (c, charts.cosine_scale(c), sentences.comparison_sentence(c, held_out))
                 for c in found.comparisons
             ],
             plot=charts.dose_plot(found.effects),

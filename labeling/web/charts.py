@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from discovery.records import Comparison, Effect, Score
+from labeling.summary import CONTROLS, METHODS
 
 AUROC_LOW, AUROC_HIGH = 0.3, 1.0
 
@@ -72,14 +73,21 @@ class MethodRow(NamedTuple):
     scores: list[Score]
 
 
-SETS = ("first", "hard")  # a concept's three situations decide nothing alone
-METHODS = ("latent", "set", "vector", "probe", "embedding", "tfidf")
+SETS = ("selection", "confirmation")  # a concept's few situations decide nothing alone
 
 
-def method_rows(scores: Sequence[Score]) -> list[MethodRow]:
-    """Scores on the story sets by method, ours first; the first set before the hard one."""
-    shown = [s for s in scores if s.set in SETS]
-    methods = sorted({s.method for s in shown}, key=lambda m: (_place(METHODS, m), m))
+def method_rows(scores: Sequence[Score], *, crossfit: bool = False) -> list[MethodRow]:
+    """Scores on the two sets by method: ours, baselines, controls; the selection set first.
+
+    What is not defined (of a concept with too few texts) is left out.
+
+    Args:
+        crossfit: there is one corpus only, whose cross-fitted figures stand for both sets.
+    """
+    sets = SETS[:1] if crossfit else SETS
+    shown = [s for s in scores if s.set in sets and math.isfinite(s.auroc)]
+    order = (*METHODS, *CONTROLS)
+    methods = sorted({s.method for s in shown}, key=lambda m: (_place(order, m), m))
     return [
         MethodRow(m, sorted((s for s in shown if s.method == m), key=lambda s: SETS.index(s.set)))
         for m in methods

@@ -2,7 +2,8 @@
 
 import pytest
 
-from labeling.prose import number, probability
+from labeling.summary import mean_interval
+from labeling.words import interval, number, probability
 
 
 @pytest.mark.parametrize(
@@ -12,6 +13,11 @@ from labeling.prose import number, probability
 )  # fmt: skip
 def test_numbers_in_words(value: float | None, digits: int, sign: bool, shown: str) -> None:
     assert number(value, digits, sign=sign) == shown
+
+
+def test_values_that_are_all_equal_have_no_spread() -> None:
+    shown = [interval(mean) for x in ((1.0,) * 5, (0.9, 1.0), (0.5,)) if (mean := mean_interval(x))]
+    assert shown == ["1.000 (no spread)", "0.950 (0.315 to 1.000)", "0.500"]
 
 
 @pytest.mark.parametrize(
