@@ -18,7 +18,7 @@ from saes.files import check_space, locate, sha256, sync_folder
 from saes.formats.build import build, read
 from saes.formats.hooks import site_of
 from saes.formats.stored import Stored
-from saes.latents import Origin
+from saes.pretrained import origin_of
 from saes.sources import Source, resolve
 
 CONFIG, WEIGHTS, ORIGIN, CARD = "cfg.json", "sae_weights.safetensors", "origin.json", "README.md"
@@ -277,15 +277,7 @@ def _beside(found: Source, stored: Stored, about: dict[str, Any], beside: Path, 
         _put(part / FIGURES, {"held_out": figures})
     if (part / ORIGIN).exists():
         return
-    listed = found.listed
-    origin = Origin(
-        found.name,
-        stored.format,
-        release=listed.release if listed else None,
-        sae_id=listed.id if listed else None,
-        neuronpedia=about.get("neuronpedia_id"),
-        revision=found.revision,
-    )
+    origin = origin_of(found, stored.format, about.get("neuronpedia_id"))
     _put(part / ORIGIN, origin._asdict())
 
 

@@ -6,10 +6,8 @@ Everything downstream uses the small `Dictionary` Protocol; sae-lens's classes s
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.sparse import csr_array
 from torch import Tensor
 
 
@@ -81,21 +79,3 @@ class SaeLens:
     @torch.no_grad()
     def decode(self, z: Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_in"]:
         return self.sae.decode(z)
-
-
-def encode_csr(dictionary: Dictionary, x: Float[Tensor, "n d_in"], chunk: int = 1024) -> csr_array:
-    """Latents of residuals as a float32 CSR array of shape [n, d_sae].
-
-    Args:
-        chunk: rows that are dense at a time (`chunk * d_sae * 4` bytes).
-    """
-    rows, columns, values = [], [], []
-    for part in x.split(chunk):
-        z = dictionary.encode(part)
-        row, column = z.nonzero(as_tuple=True)
-        rows.append(torch.bincount(row, minlength=len(part)).cpu().numpy())
-        columns.append(column.to(torch.int32).cpu().numpy())
-        values.append(z[row, column].float().cpu().numpy())
-    indptr = np.concatenate([[0], np.concatenate(rows).cumsum()])
-    parts = (np.concatenate(values), np.concatenate(columns), indptr)
-    return csr_array(parts, shape=(len(x), dictionary.d_sae))

@@ -80,15 +80,21 @@ def _load(source: Source, d_model: int, device: str) -> tuple[SaeLens, Expect]:
     if listed:
         metadata.setdefault("model_name", listed.model)
         metadata["neuronpedia_id"] = listed.neuronpedia or metadata.get("neuronpedia_id")
-    origin = Origin(
+    origin = origin_of(source, stored.format, metadata.get("neuronpedia_id"))
+    return SaeLens(build(stored, label, device), site, origin), _expect(stored, listed)
+
+
+def origin_of(source: Source, format: str, neuronpedia: str | None) -> Origin:
+    """Where the SAE of a source is from, given its file format and its id at Neuronpedia."""
+    listed = source.listed
+    return Origin(
         source.name,
-        stored.format,
+        format,
         release=listed.release if listed else None,
         sae_id=listed.id if listed else None,
-        neuronpedia=metadata.get("neuronpedia_id"),
+        neuronpedia=neuronpedia,
         revision=source.revision,
     )
-    return SaeLens(build(stored, label, device), site, origin), _expect(stored, listed)
 
 
 def _expect(stored: Stored, listed: Listed | None) -> Expect:

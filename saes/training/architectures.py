@@ -323,14 +323,12 @@ FAST = ("topk", "batchtopk", "matryoshka_batchtopk")
 
 def _classes(spec: SaeSpec, *, fast: bool) -> tuple[Any, Any]:
     """Training class and config class."""
-    import sae_lens
+    import sae_lens  # noqa: F401  # registers its classes
     from sae_lens.registry import get_sae_training_class
 
-    assert sae_lens.__version__
     if fast:
-        import saes.sparse_topk  # registers its classes
+        import saes.sparse_topk  # noqa: F401  # registers ours
 
-        assert saes.sparse_topk
         short = spec.architecture.removesuffix("_batchtopk")
         return get_sae_training_class(f"sparse_{short}")
     return get_sae_training_class(spec.architecture)
