@@ -3,10 +3,14 @@
     emotion-atlas demo                      the packaged demo, configs/demo.yaml
     emotion-atlas train CONFIG [--set k=v]  train SAEs, configs/train.yaml
     emotion-atlas saes ACTION               list, check, judge, publish and fetch SAEs
-    emotion-atlas run CONFIG [--set k=v]    a run; the same command goes on where it stopped
+    emotion-atlas concepts ACTION           the concept sets, and checks of your own
+    emotion-atlas corpora ACTION            the label mappings, and checks of your texts
+    emotion-atlas discover CONFIG           which latents stand for which concepts, and how sure
+    emotion-atlas run CONFIG [--set k=v]    all of it; the same command goes on where it stopped
     emotion-atlas browse RUN                the catalog of a run, in the browser
 
-Heavy packages are imported when a stage needs them, so help and a finished run answer at once.
+Heavy packages are imported when a stage needs them, so help answers at once; a finished run does
+when its texts have been read, since they tell whether it is finished.
 """
 
 import argparse
@@ -20,6 +24,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 RESULTS = {"report": "report/report.html", "catalog": "catalog/catalog.sqlite"}  # in a run folder
+DISCOVERED = "discovery/report.html"  # what `discover` leaves
 
 
 def _check_packages() -> None:
@@ -40,19 +45,23 @@ from threadpoolctl import (  # noqa: E402  # pyright: ignore[reportMissingTypeSt
     threadpool_limits,
 )
 
+from discovery import commands as text_commands  # noqa: E402
+from discovery.corpora.source import Source  # noqa: E402
 from discovery.settings import (  # noqa: E402
     AlignConfig,
     CaptureConfig,
     CausalConfig,
+    ConceptsConfig,
     ContrastConfig,
+    OutputConfig,
+    Texts,
     open_texts,
-    texts_fingerprint,
 )
 from labeling.settings import LabelConfig  # noqa: E402
 from saes import commands as sae_commands  # noqa: E402
 from saes.config import load, override, read, to_dict  # noqa: E402
 from saes.errors import UserError  # noqa: E402
-from saes.run import Run, check_run, open_run  # noqa: E402
+from saes.run import Run, check_run, open_run, without_folders  # noqa: E402
 from saes.stage import Event, Stage, is_done, run_stages, stage_keys  # noqa: E402
 from saes.subject import Subject, SubjectConfig, fingerprints, load_subject  # noqa: E402
 from saes.track import TrackConfig, open_tracker  # noqa: E402
@@ -64,37 +73,37 @@ class RunConfig:
 
     run: str
     subject: SubjectConfig
-    concepts: tuple[str, ...] = ()
-    corpus: str = "packaged"
+    concepts: ConceptsConfig = field(default_factory=ConceptsConfig)
+    corpora: tuple[Source, ...] = (Source("packaged"),)
     seed: int = 0
     capture: CaptureConfig = field(default_factory=CaptureConfig)
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
     causal: CausalConfig = field(default_factory=CausalConfig)
     label: LabelConfig = field(default_factory=LabelConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
 
 
-def stages(config: RunConfig, subject: Callable[[], Subject]) -> list[Stage]:
+def stages(config: RunConfig, subject: Callable[[], Subject], texts: Texts) -> list[Stage]:
     """The stages of a run, in order. `subject` is called by the stages that need the model.
 
     Raises:
-        UserError: an unknown concept, or a corpus that does not fit.
+        UserError: an SAE that cannot be found.
     """
     from discovery import stages as discover
     from labeling import stages as name
 
-    texts = open_texts(config.corpus, config.concepts)
     here, seed = Path(config.run).expanduser(), config.seed
     model = fingerprints(config.subject)
-    corpus = {"corpus": texts_fingerprint(texts)}
-    results = ("capture", "contrast", "align", "compare", "causal", "label")
+    found = ("capture", "contrast", "align", "output")
+    results = (*found, "compare", "causal", "label")
     return [
         Stage(
             "capture",
-            lambda out: discover.capture(out, subject(), texts, config.capture),
-            {"capture": config.capture, "subject": config.subject},
-            external=model | corpus,
+            lambda out: discover.capture(out, subject(), texts, config.capture, seed),
+            {"capture": config.capture, "subject": config.subject, "seed": seed},
+            external=model | {"texts": texts.fingerprint},
         ),
         Stage(
             "contrast",
@@ -107,6 +116,17 @@ def stages(config: RunConfig, subject: Callable[[], Subject]) -> list[Stage]:
             lambda out: discover.align(out, here, texts, config.align, config.contrast, seed),
             {"align": config.align, "contrast": config.contrast, "seed": seed},
             inputs=("capture",),
+        ),
+        Stage(
+            "output",
+            lambda out: discover.output(out, here, subject(), texts, config.output, seed),
+            {"output": config.output, "seed": seed},
+            inputs=("capture", "align"),
+        ),
+        Stage(
+            "discovery",
+            lambda out: name.discovery(out, here, texts, config.subject),
+            inputs=found,
         ),
         Stage(
             "compare",
@@ -133,11 +153,14 @@ def stages(config: RunConfig, subject: Callable[[], Subject]) -> list[Stage]:
     ]
 
 
-def run(config: RunConfig) -> None:
+def run(config: RunConfig, last: str = "report") -> None:
     """Run the stages that are not done yet, and print what was found and where to look.
 
-    Nothing is written before the model, the SAEs, the corpus and the settings have been found to
+    Nothing is written before the model, the SAEs, the texts and the settings have been found to
     fit.
+
+    Args:
+        last: the stage to stop after.
 
     Raises:
         UserError: anything in the config or its files that the user can mend.
@@ -145,67 +168,77 @@ def run(config: RunConfig) -> None:
     folder = Path(config.run).expanduser()
     check_run(folder, config)
     subject = cache(lambda: load_subject(config.subject))
-    todo = stages(config, subject)
+    texts = open_texts(config.corpora, config.concepts, config.seed)
+    todo = stages(config, subject, texts)
+    todo = todo[: 1 + [stage.name for stage in todo].index(last)]
     keys = stage_keys(todo)
     done = all(is_done(folder / stage.name, keys[stage.name]) for stage in todo)
     if not done:
-        check_fit(subject(), config)
+        check_fit(subject(), config, texts, whole=last == "report")
     # numpy's libraries are loaded by now: their threads, like torch's, decide the order of sums
     with open_run(folder, config) as opened, threadpool_limits(config.subject.threads):
         track = replace(config.track, backend="none") if done else config.track
         _run(opened, config, todo, track)
 
 
-def check_fit(subject: Subject, config: RunConfig) -> None:
+def check_fit(subject: Subject, config: RunConfig, texts: Texts, whole: bool = True) -> None:
     """What can be seen to fail before anything is run.
 
+    Args:
+        whole: the run goes on after discovery.
+
     Raises:
-        UserError: the settings ask for more than the SAEs, the tokenizer or the texts have, or for
-            more tokens than causal.max_tokens.
+        UserError: the settings ask for more than the model, the SAEs, the tokenizer or the texts
+            have, or for more tokens than causal.max_tokens.
     """
+    from discovery.discover import check_fit as check_discovery
     from discovery.stages import check_causal
 
-    for dictionary in subject.dictionaries:
-        if config.align.k > dictionary.d_sae:
-            raise UserError(
-                f"align.k is {config.align.k}, more than the {dictionary.d_sae} latents of the SAE "
-                f"at {dictionary.site}; lower it"
-            )
-    if not subject.lm.tokenizer.is_fast:
-        raise UserError(
-            f"the tokenizer of {subject.lm.name} gives no character offsets; add a tokenizer.json"
-        )
+    check_discovery(
+        subject.lm, subject.dictionaries, texts, config.capture, config.contrast, config.align,
+        config.output, config.seed,
+    )  # fmt: skip
+    if not whole:
+        return
     if config.label.promoted > subject.lm.vocab_size:
         raise UserError(f"label.promoted is more than the {subject.lm.vocab_size} tokens there are")
-    texts = open_texts(config.corpus, config.concepts)
     check_causal(subject, texts, config.causal, config.seed)
 
 
 def _run(opened: Run, config: RunConfig, todo: Sequence[Stage], track: TrackConfig) -> None:
-    from labeling.stages import summary
+    from labeling.stages import summary, tables
 
     opened.record(inputs={k: v for stage in todo for k, v in stage.external.items()})
-    tracker = open_tracker(opened.folder, track, to_dict(config), opened.manifest().id)
+    made = {stage.name for stage in todo}
+    results = {
+        kind: opened.folder / file
+        for kind, file in RESULTS.items()
+        if Path(file).parent.name in made
+    }
+    if "report" not in made:
+        results["report"] = opened.folder / DISCOVERED
+    shown = without_folders(to_dict(config))
+    tracker = open_tracker(opened.folder, track, shown, opened.manifest().id)
     exit_code = 1
     try:
         events = run_stages(opened, todo, _tell)
         opened.finish()
-        rows = summary(opened.folder)
+        rows = summary(opened.folder, tuple(made))
         tracker.log({f"seconds/{e.stage}": e.seconds for e in events})
         tracker.summary(dict(rows))
         tracker.table("summary", ("figure", "value"), rows)
+        for name, columns, values in tables(opened.folder, tuple(made)):
+            tracker.table(name, columns, values)
         if any(event.state == "finished" for event in events):
-            for kind, file in RESULTS.items():
-                tracker.artifact(
-                    opened.folder / file, f"{opened.folder.resolve().name}-{kind}", kind
-                )
+            for kind, file in results.items():
+                tracker.artifact(file, f"{opened.folder.resolve().name}-{kind}", kind)
         exit_code = 0
     finally:
         tracker.finish(exit_code)
     _print_summary(rows, events)
     where = {
-        "report": str(opened.folder / RESULTS["report"]),
-        "catalog": f"emotion-atlas browse {opened.folder}",
+        "report": str(results["report"]),
+        "catalog": f"emotion-atlas browse {opened.folder}" if "catalog" in results else "",
         "tracked": ", ".join(tracker.places),
     }
     for name, place in where.items():
@@ -250,11 +283,18 @@ def _parser() -> argparse.ArgumentParser:
         help="override a setting of the config, for example --set causal.concepts=6; repeatable",
     )  # fmt: skip
     commands.add_parser("demo", parents=[shared], help="the packaged demo (configs/demo.yaml)")
+    one = commands.add_parser(
+        "discover", parents=[shared],
+        help="verdicts, scores, baselines and controls: the first part of a run",
+    )  # fmt: skip
+    one.add_argument("config", type=Path, metavar="CONFIG", help="see configs/demo.yaml")
+    text_commands.add_source(one)
     one = commands.add_parser("run", parents=[shared], help="a run, from its YAML config")
     one.add_argument("config", type=Path, metavar="CONFIG", help="see configs/demo.yaml")
     one = commands.add_parser("train", parents=[shared], help="train SAEs, from a YAML config")
     one.add_argument("config", type=Path, metavar="CONFIG", help="see configs/train.yaml")
     sae_commands.add_parsers(commands)
+    text_commands.add_parsers(commands)
     look = commands.add_parser("browse", help="the catalog of a run, in the browser")
     look.add_argument("folder", type=Path, metavar="RUN", help="run folder")
     look.add_argument(
@@ -276,9 +316,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             browse(args.folder, host=args.host, port=args.port, open_browser=args.open)
         elif args.command == "saes":
             sae_commands.dispatch(args)
+        elif args.command in ("concepts", "corpora"):
+            text_commands.dispatch(args)
         else:
             path = demo_config() if args.command == "demo" else args.config
-            tree = override(read(path), args.sets)
+            tree = read(path)
+            if args.command == "discover" and (own := text_commands.sources(args)):
+                tree["corpora"] = own
+            tree = override(tree, args.sets)
             tree = {**tree, "run": args.run} if args.run else tree
             if args.command == "train":
                 from saes.training.run import train_run
@@ -286,12 +331,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 train_run(load(TrainRunConfig, tree))
             else:
-                run(load(RunConfig, tree))
+                last = "discovery" if args.command == "discover" else "report"
+                run(load(RunConfig, tree), last)
     except UserError as error:
         sys.stderr.write(f"emotion-atlas: error: {error}\n")
         return 2
     except KeyboardInterrupt:
-        goes_on = args.command not in ("browse", "saes")
+        goes_on = args.command not in ("browse", "saes", "concepts", "corpora")
         sys.stderr.write("\nstopped" + "; the same command goes on from here" * goes_on + "\n")
         return 130
     return 0

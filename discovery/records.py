@@ -24,8 +24,10 @@ VERDICTS: tuple[Verdict, ...] = typing.get_args(Verdict)
 class Alignment:
     """The verdict on one concept and the figures behind it (protocol steps in `discovery.align`).
 
-    AUROCs are within-topic. `auroc_first` and `set_auroc_first` are cross-fitted over writers on
-    the selection set; `auroc` and `set_auroc` are on the confirmation set, with a 95 % interval.
+    AUROCs are within topics. `auroc_selection` and `set_auroc_selection` are cross-fitted over
+    units on the selection set; `auroc` and `set_auroc` are on the confirmation set, with a 95 %
+    interval.
+    The lexical figures are None where no lexical control was run.
     """
 
     concept: str
@@ -33,9 +35,10 @@ class Alignment:
     verdict: str
     also_lexical: bool
     site: str
+    pooling: str
     latent: int
     firing: float  # share of confirmation texts in which the latent is non-zero
-    auroc_first: float
+    auroc_selection: float
     auroc: float
     auroc_low: float
     auroc_high: float
@@ -44,7 +47,7 @@ class Alignment:
     specific_auroc: float  # among the concept and its five nearest concepts
     specific_p: float
     specific_q: float | None  # None where step 5 did not reject
-    set_auroc_first: float
+    set_auroc_selection: float
     set_auroc: float
     set_auroc_low: float
     set_auroc_high: float
@@ -54,12 +57,34 @@ class Alignment:
     set_specific_p: float
     set_specific_q: float | None
     nearest: tuple[str, ...]
-    lexical_latent: int
-    lexical_auroc: float
-    lexical_p: float
-    lexical_q: float
-    latent_lexical_p: float  # the story latent on the test mentions (`also_lexical`)
-    detectable_auroc: float  # what the data would have shown with 80 % power
+    positives: int  # confirmation texts of the concept
+    auroc_pooled: float  # all confirmation texts together, topics ignored
+    delong_low: float  # 95 % interval of `auroc` by DeLong, within topics
+    delong_high: float
+    bootstrap_low: float  # 95 % interval by the bootstrap over units
+    bootstrap_high: float
+    family_auroc: float | None  # among the other confirmation texts of its family
+    neutral_auroc: float | None  # against neutral texts
+    set_auroc_pooled: float
+    set_delong_low: float
+    set_delong_high: float
+    set_bootstrap_low: float
+    set_bootstrap_high: float
+    set_family_auroc: float | None
+    set_neutral_auroc: float | None
+    reverse_latent: int | None  # step 13: chosen on the confirmation set; None where it was not run
+    reverse_auroc: float | None  # and tested on the selection set
+    reverse_q: float | None
+    reverse_set_auroc: float | None
+    reverse_set_q: float | None
+    lexical_latent: int | None
+    lexical_auroc: float | None
+    lexical_p: float | None
+    lexical_q: float | None
+    latent_lexical_p: (
+        float | None
+    )  # the latent itself on the test half of the lexical texts (`also_lexical`)
+    detectable_auroc: float  # what the data would have shown with 80 % power (`align.detectable`)
 
 
 @dataclass(frozen=True)
@@ -75,10 +100,14 @@ class SetMember:
 
 @dataclass(frozen=True)
 class Score:
-    """Within-topic AUROC of one method for one concept on one set, 95 % interval over topics.
+    """AUROC of one method within topics, for one concept on one set, with a 95 % interval.
 
-    `method`: latent, set, vector, probe, embedding, tfidf. `set`: first (cross-fitted over
-    writers), hard (trained or chosen on first), situations (no topics: pooled over the texts).
+    Of random latents low and high are the range over the latents.
+
+    `method`: latent, set, vector, probe, embedding, tfidf; and as controls random (latents of the
+    chosen one's density), untrained and untrained set (an SAE of random weights), randomised and
+    randomised set (a model of random weights). `set`: selection (cross-fitted over units),
+    confirmation (trained or chosen on the selection set), situations (no topics: pooled).
     """
 
     concept: str
@@ -91,9 +120,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Difference:
-    """AUROC of the latent or the set minus that of a baseline on the hard set, paired by topic.
+    """AUROC of the latent or the set less that of a baseline on the confirmation set, paired.
 
-    Intervals are over topics. `concept` is empty for the mean over concepts.
+    Intervals are over topics, or DeLong's where topics are few. `concept` is empty for the mean
+    over concepts.
     """
 
     concept: str
@@ -132,12 +162,113 @@ class Sae:
 
 @dataclass(frozen=True)
 class SiteChoice:
-    """Mean cross-fitted AUROC on the first set at a site; the best set figure chooses the site."""
+    """Mean cross-fitted AUROCs on the selection set at a view (a site and a pooling).
+
+    The best figure of sets chooses the view.
+    """
 
     site: str
-    latent_auroc_first: float
-    set_auroc_first: float
+    pooling: str
+    latent_auroc_selection: float
+    set_auroc_selection: float
     chosen: bool
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One of the best latents of a concept on the selection set, with every measure of the pair.
+
+    `p` and `q` are over all latents and concepts of the selection set, which chose the latent: they
+    rank, and prove nothing.
+    """
+
+    concept: str
+    site: str
+    rank: int  # 1 is the best
+    latent: int
+    auroc: float  # within topics
+    auroc_pooled: float
+    se: float  # of `auroc`, Hanley and McNeil
+    mean_difference: float  # of pooled activations, positives less others
+    cohens_d: float
+    firing_ratio: float  # share of positives in which it fires over that of the others
+    mutual_information: float  # bits, between firing and label
+    p: float  # Mann-Whitney, within topics
+    q: float  # Benjamini-Hochberg over all pairs
+    confirmation_auroc: float
+
+
+@dataclass(frozen=True)
+class OutputScore:
+    """What raising a candidate latent does to the words of its concept (after Arad et al. 2025)."""
+
+    concept: str
+    site: str
+    latent: int
+    rank: int  # of the candidate on the input side, 1 is the best
+    input_auroc: float  # on the selection set
+    output_score: float  # of Arad et al.: do its own promoted tokens rise when it is raised?
+    word_score: float  # nats: rise of the concept's words over that of the other concepts' words
+    word_rank: int  # of the concept among all concepts by that rise, 1 is the best
+    word_p: float | None = None  # share of random latents, itself counted in, that reach word_score
+
+
+@dataclass(frozen=True)
+class Cross:
+    """AUROC of the latent that was chosen for `concept`, for the texts of `other`."""
+
+    concept: str
+    other: str
+    auroc: float  # within topics, on the confirmation set
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Mean over concepts of the AUROC of sets of k latents; step 13: no verdict rests on it."""
+
+    k: int
+    set: str  # selection (cross-fitted over units), confirmation
+    auroc: float
+    low: float  # 95 % interval
+    high: float
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Mean AUROC over concepts of one method at one view (a site and a pooling)."""
+
+    site: str
+    pooling: str
+    method: str  # latent, set, vector, probe
+    set: str  # selection, confirmation
+    auroc: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class TextSet:
+    """What one source gave to one set, and what was left out and why.
+
+    `read` is the sum of `texts` and of all that was left out. Rows of a source that is split are
+    counted with the selection set until they are split.
+    """
+
+    set: str
+    source: str
+    language: str
+    texts: int
+    concepts: int
+    topics: int
+    units: int
+    read: int  # rows before anything was left out
+    unlabelled: int  # left out: no label that the mapping knows as a concept of the run
+    duplicates: int  # left out: near-duplicates of another text
+    leaks: int  # kept: texts that name their concept
+    cut: int  # kept: texts longer than the context, cut
+    chunked: int  # kept: texts longer than the context, read in several windows
+    unreadable: int = 0  # left out: rows without the columns or without text
+    beyond_limit: int = 0  # left out: the source's limit
 
 
 @dataclass(frozen=True)
@@ -146,8 +277,9 @@ class Vector:
 
     concept: str
     site: str
+    pooling: str
     norm: float  # as a fraction of the mean residual norm at the site
-    reliability: float  # Spearman-Brown corrected split-half cosine
+    reliability: float  # Spearman-Brown corrected split-half cosine; NaN of texts of one unit
     ceiling: float  # sqrt(reliability): the largest cosine that can be expected with anything
     pc1: float
     pc2: float
@@ -158,6 +290,7 @@ class Geometry:
     """Pearson r between a principal component of the concept vectors and a human norm."""
 
     site: str
+    pooling: str
     norm: str  # valence, arousal, dominance
     source: str  # glasgow, vader
     component: int  # 1 or 2
@@ -214,7 +347,7 @@ class Label:
     level: str  # high, medium, low, none
     reason: str
     concepts: tuple[str, ...]  # concepts for which the latent is the best single one
-    density: float  # share of story texts in which it fires
+    density: float  # share of the labelled texts in which it fires
 
 
 @dataclass(frozen=True)
@@ -238,7 +371,7 @@ class Context:
     rank: int
     text_id: str
     set: str
-    concept: str
+    concepts: tuple[str, ...]
     topic: str
     peak: float
     tokens: tuple[str, ...]

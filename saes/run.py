@@ -28,6 +28,7 @@ from saes.files import write_text
 PROJECT = "emotion-atlas"
 CONFIG, MANIFEST, LOCK = "config.yaml", "manifest.json", ".lock"
 FREE = ("run", "track")  # fields that decide no result
+_NAMED, _LONG = 3, 60  # differences of two configs that an error names; characters of a value
 _PACKAGES = (
     "torch",
     "transformers",
@@ -152,6 +153,25 @@ def check_run(folder: Path, config: Dataclass) -> None:
             _check_same(folder, to_dict(config))
 
 
+def without_folders(tree: Mapping[str, object]) -> dict[str, object]:
+    """A config for others to see: of an absolute path only the last two parts are left.
+
+    >>> without_folders({"saes": ["/home/me/data/saes/blocks.5"], "model": "packaged/demo_lm"})
+    {'saes': ['saes/blocks.5'], 'model': 'packaged/demo_lm'}
+    """
+    return {key: _short_path(value) for key, value in tree.items()}
+
+
+def _short_path(value: object) -> object:
+    if isinstance(value, Mapping):
+        return without_folders(cast(Mapping[str, object], value))
+    if isinstance(value, list):
+        return [_short_path(item) for item in cast(list[object], value)]
+    if isinstance(value, str) and (path := Path(value)).is_absolute():
+        return "/".join(path.parts[1:][-2:])
+    return value
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a run folder.
 
@@ -222,34 +242,52 @@ def _check_same(folder: Path, wanted: Mapping[str, object]) -> bool:
         raise _damaged(path, error) from None
     if digest(stored) != read_manifest(folder).config:
         raise _damaged(path, "it was changed after the run began")
-    for place, there, here in _differences(stored, wanted):
-        if place.split(".")[0] in FREE:
-            continue
-        if not any(folder.glob("*/done.json")):  # what `saes.stage` leaves
-            return False
-        raise UserError(
-            f"{folder} holds a run of another config: {place} is {there} there and {here} now; "
-            "choose another --run folder or delete this one"
-        )
-    return True
+    there, here = (
+        {key: value for key, value in tree.items() if key not in FREE} for tree in (stored, wanted)
+    )
+    found = list(_differences(there, here))
+    if not found:
+        return True
+    if not any(folder.glob("*/done.json")):  # what `saes.stage` leaves
+        return False
+    words = [f"{place} is {old} there and {new} now" for place, old, new in found[:_NAMED]]
+    rest = f"; {len(found) - _NAMED} more settings differ" if len(found) > _NAMED else ""
+    raise UserError(
+        f"{folder} holds a run of another config: {', '.join(words)}{rest}; to go on with that "
+        f"run, give its own config, {path}; for this config choose another --run folder"
+    )
 
 
 def _differences(
     there: Mapping[str, object], here: Mapping[str, object], where: str = ""
 ) -> Iterator[tuple[str, str, str]]:
-    """Places at which two configs differ, with both values in words."""
+    """Places at which two configs differ, with both values in words; items of lists of sections
+    are counted from 0, as in `--set`."""
     for key in (*here, *(k for k in there if k not in here)):
-        old, new = _in_words(there, key), _in_words(here, key)
+        if key in there and key in here and there[key] == here[key]:
+            continue
         a, b = there.get(key), here.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            sections = cast(dict[str, object], a), cast(dict[str, object], b)
-            yield from _differences(*sections, f"{where}{key}.")
-        elif old != new:
-            yield where + key, old, new
+        old, new = _section(a), _section(b)
+        if old and new and type(a) is type(b) and (isinstance(a, dict) or len(old) == len(new)):
+            yield from _differences(old, new, f"{where}{key}.")
+        else:
+            yield where + key, _in_words(there, key), _in_words(here, key)
+
+
+def _section(value: object) -> dict[str, object] | None:
+    """A section, or a list of them by number; None for plain values."""
+    if isinstance(value, list):
+        items = cast(list[object], value)
+        sections = all(isinstance(item, dict) for item in items)
+        return {str(i): item for i, item in enumerate(items)} if sections else None
+    return cast(dict[str, object], value) if isinstance(value, dict) else None
 
 
 def _in_words(section: Mapping[str, object], key: str) -> str:
-    return json.dumps(section[key], ensure_ascii=False) if key in section else "absent"
+    if key not in section:
+        return "absent"
+    text = json.dumps(section[key], ensure_ascii=False)
+    return text if len(text) <= _LONG else text[: _LONG - 3] + "..."
 
 
 def _lock(folder: Path) -> int:

@@ -4,15 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from saes import run as run_module
 from saes.config import read
 from saes.errors import UserError
-from saes.run import CONFIG, Environment, check_run, open_run, read_manifest
+from saes.run import CONFIG, Environment, check_run, open_run, read_manifest, without_folders
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,9 @@ def test_another_config_is_refused_with_the_first_difference(tmp_path: Path) -> 
     (folder / "capture").mkdir()
     (folder / "capture" / "done.json").touch()
     message = refused(folder, Config(part=Part(doses=(0.1, 0.3), seed=4)))
-    assert "part.doses is [0.1, 0.2] there and [0.1, 0.3] now" in message
-    assert "choose another --run folder or delete this one" in message
+    assert "part.doses is [0.1, 0.2] there and [0.1, 0.3] now, part.seed is 3" in message
+    assert f"give its own config, {folder / CONFIG}; for this config choose another" in message
+    assert message.count("/run/config.yaml") == 1
 
     @dataclass(frozen=True)
     class Grown:
@@ -117,6 +120,43 @@ def test_another_config_is_refused_with_the_first_difference(tmp_path: Path) -> 
 
     with pytest.raises(UserError, match="new is absent there and true now"):
         open_run(folder, Grown())
+
+    @dataclass(frozen=True)
+    class Wider:
+        doses: tuple[float, ...] = (0.1, 0.2)
+        seed: int = 3
+        new: int = 1
+
+    grown = make_dataclass("C", [("model", str, "m"), ("seed", int, 1), ("part", Wider, Wider())])
+    with pytest.raises(UserError, match=r"config: part\.new is absent there and 1 now; to go on"):
+        open_run(folder, grown())
+
+
+def test_a_difference_of_long_values_is_told_in_short(tmp_path: Path) -> None:
+    def config(*sections: Mapping[str, object], **more: int) -> Any:
+        made = make_dataclass("C", ["corpora", *more], frozen=True)
+        return made(corpora=list(sections), **more)
+
+    whole, own = {"source": "packaged", "role": "all"}, {"source": "x" * 900, "role": "split"}
+    open_run(tmp_path / "run", config(own, whole, a=1, b=1, c=1, d=1)).close()
+    (tmp_path / "run" / "capture").mkdir()
+    (tmp_path / "run" / "capture" / "done.json").touch()
+    with pytest.raises(UserError) as caught:
+        check_run(tmp_path / "run", config(own, own | {"role": "all"}, a=2, b=2, c=2, d=2))
+    message = str(caught.value)
+    assert 'corpora.1.source is "packaged" there and "xxx' in message
+    assert "a is 1 there and 2 now, b is 1" in message
+    assert "; 2 more settings differ; " in message
+    with pytest.raises(UserError, match=r'corpora is \[\{"source": .{40,47}\.\.\. there') as caught:
+        check_run(tmp_path / "run", config(whole, a=1, b=1, c=1, d=1))
+    assert len(str(caught.value)) < 300 + 2 * len(str(tmp_path))
+
+
+def test_a_config_for_others_has_no_folders_of_this_machine() -> None:
+    tree = {"run": "runs/x", "a": {"b": ["/data/me/texts/mine.csv", "hub/name", 3]}, "c": "/x"}
+    assert without_folders(tree) == {
+        "run": "runs/x", "a": {"b": ["texts/mine.csv", "hub/name", 3]}, "c": "x",
+    }  # fmt: skip
 
 
 def test_a_run_without_a_finished_stage_takes_another_config(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from saes import sources
 from saes.config import to_dict
 from saes.errors import UserError
 from saes.files import write_text
-from saes.run import Run, check_run, open_run
+from saes.run import Run, check_run, open_run, without_folders
 from saes.stage import Event, Stage, is_done, run_stages, stage_keys
 from saes.subject import fingerprint, load_model
 from saes.text.documents import Source, pieces, source_hashes
@@ -93,7 +93,8 @@ def train_run(config: TrainRunConfig) -> None:
     # numpy's libraries are loaded by now: their threads, like torch's, decide the order of sums
     with open_run(folder, config) as opened, threadpool_limits(config.model.threads):
         track = replace(config.track, backend="none") if done else config.track
-        tracker = open_tracker(opened.folder, track, to_dict(config), opened.manifest().id)
+        shown = without_folders(to_dict(config))
+        tracker = open_tracker(opened.folder, track, shown, opened.manifest().id)
         _run(opened, config, lm, tracker)
 
 

@@ -17,12 +17,15 @@ import yaml
 
 import emotion_atlas
 from discovery import records
-from discovery.corpora import CORPUS
+from discovery.corpora.packaged import CORPUS
 from discovery.records import Alignment, Control, Effect
 from labeling.catalog import FILE, Catalog
 
 CONCEPTS = ("afraid", "angry", "calm", "happy", "sad", "tired")
-STAGES = ("capture", "contrast", "align", "compare", "causal", "label", "catalog", "report")
+STAGES = (
+    "capture", "contrast", "align", "output", "discovery",
+    "compare", "causal", "label", "catalog", "report",
+)  # fmt: skip
 ROOT = Path(emotion_atlas.__file__).parent
 
 
@@ -72,10 +75,11 @@ def config(
             "trust": True,  # their weights are random
             "threads": 1,
         },
-        "concepts": list(CONCEPTS),
-        "corpus": str(corpus),
+        "concepts": {"names": list(CONCEPTS)},
+        "corpora": [{"source": str(corpus)}],
         "contrast": {"halves": 4},
-        "align": {"k": 4},
+        "align": {"k": 4, "draws": 100},
+        "output": {"candidates": 2, "prompts": 2, "prompt_tokens": 40, "controls": 2},
         "causal": {"concepts": 2, "doses": [0.5], "prompts": 2, "prompt_tokens": 40, "controls": 2},
         "label": {"contexts": 2, "promoted": 3},
         "track": {"backend": "wandb", "mode": "offline"},
@@ -225,8 +229,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("subject.model=/no/such/folder", "/no/such/folder"),
         ("subject.saes=[/no/such/sae]", "/no/such/sae"),
         ("subject.device=abacus", "abacus"),
-        ("concepts=[afraid, calm, hapy]", "'hapy'"),
-        ("corpus=/no/such/corpus", "/no/such/corpus"),
+        ("concepts.names=[afraid, calm, hapy]", "'hapy'"),
+        ("corpora.0.source=/no/such/corpus", "/no/such/corpus"),
         ("align.k=1000", "align.k"),
         ("causal.max_tokens=10", "max_tokens"),
         ("causal.controls=127", "causal.controls"),
@@ -290,7 +294,13 @@ def test_a_missing_column_is_refused(
     del rows[3][column]
     write_rows(broken / "stories.jsonl", rows)
     line = refused(
-        capsys, "run", str(config), "--run", str(tmp_path / "r"), "--set", f"corpus={broken}"
+        capsys,
+        "run",
+        str(config),
+        "--run",
+        str(tmp_path / "r"),
+        "--set",
+        f"corpora.0.source={broken}",
     )
     assert column in line
     assert "line 4" in line
@@ -304,7 +314,13 @@ def test_an_empty_corpus_is_refused(
     shutil.copytree(corpus, broken)
     (broken / "stories_hard.jsonl").write_text("")
     line = refused(
-        capsys, "run", str(config), "--run", str(tmp_path / "r"), "--set", f"corpus={broken}"
+        capsys,
+        "run",
+        str(config),
+        "--run",
+        str(tmp_path / "r"),
+        "--set",
+        f"corpora.0.source={broken}",
     )
     assert "stories_hard.jsonl" in line
 
