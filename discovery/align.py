@@ -169,19 +169,7 @@ def align(
         None if lexical is None else lexical_control(chosen, lexical),
         None if verdicts_only else reverse(selection, confirmation, chosen.view, k),
     )
-    rows = alignment_rows(evidence, concepts, families, q)
-    result = AlignResult(
-        rows,
-        set_members(chosen, concepts),
-        site_choices(fits),
-        [],
-        [],
-        [],
-        rejections(singles, sets, q),
-        fits,
-        singles,
-        sets,
-    )
+    result = verdicts(evidence, concepts, families, q)
     if verdicts_only:
         return result
     return result._replace(
@@ -190,6 +178,25 @@ def align(
         ),
         cross=describe.cross_rows(singles.scores, confirmation.labels, concepts),
         curve=describe.curve_rows(selection, confirmation, chosen.view, ks),
+    )
+
+
+def verdicts(
+    evidence: Evidence, concepts: Sequence[str], families: Sequence[str], q: float
+) -> AlignResult:
+    """The rows that verdicts rest on; candidates, cross and curve are empty."""
+    fits, singles, sets = evidence.fits, evidence.singles, evidence.sets
+    return AlignResult(
+        alignment_rows(evidence, concepts, families, q),
+        set_members(fits[0].selection, concepts),
+        site_choices(fits),
+        [],
+        [],
+        [],
+        rejections(singles, sets, q),
+        fits,
+        singles,
+        sets,
     )
 
 

@@ -23,11 +23,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from discovery.corpora.leaks import UNSPACED
 from discovery.corpora.rows import Text
 from discovery.inference import t_interval
 from discovery.readout import Intervention, Readout, Word, kl, n_tokens, read, word_tokens
 from discovery.records import Effect
-from discovery.tfidf import UNSPACED
 from saes.clamp import Mask, add, clamp
 from saes.errors import UserError
 from saes.latents import Dictionary

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from discovery.tfidf import UNSPACED
+from discovery.corpora.leaks import UNSPACED
 from saes.clamp import Mask
 from saes.errors import UserError
 from saes.lm.capture import capture

@@ -19,16 +19,13 @@ from discovery.align import (
     KS,
     AlignResult,
     Evidence,
-    alignment_rows,
     check_concepts,
     check_lexical,
     detectable,
     firing_rates,
     level_of,
-    rejections,
-    set_members,
     shuffled,
-    site_choices,
+    verdicts,
 )
 from discovery.confirm import Confirmation, adjusted, lexical_control, texts_of
 from discovery.describe import Beside
@@ -137,18 +134,7 @@ def crossfit(
         None if lexical is None else lexical_control(fit.selection, lexical),
         None,
     )
-    result = AlignResult(
-        alignment_rows(evidence, concepts, families, q),
-        set_members(fit.selection, concepts),
-        site_choices(fits),
-        [],
-        [],
-        [],
-        rejections(singles, sets, q),
-        fits,
-        singles,
-        sets,
-    )
+    result = verdicts(evidence, concepts, families, q)
     if verdicts_only:
         return result
     return result._replace(

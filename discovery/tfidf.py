@@ -20,6 +20,7 @@ from jaxtyping import Float
 from scipy.sparse import csr_array
 
 from discovery.contrast import averages
+from discovery.corpora.leaks import UNSPACED
 from discovery.labels import Labels
 from discovery.probes import Reader
 
@@ -27,15 +28,6 @@ _LAST = 0x20000  # symbols, and marks that belong to letters, have lower code po
 
 PIECE = 3
 """Longest sequence of characters in scripts that do not part words."""
-
-UNSPACED = (
-    "\u0e00-\u0eff"  # Thai, Lao
-    "\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f"  # Burmese
-    "\u1780-\u17ff\u19e0-\u19ff"  # Khmer
-    "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"  # Japanese
-    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese characters
-)
-"""Characters of scripts that do not part words by white space, as the inside of a class."""
 
 
 def terms(text: str) -> list[str]:

@@ -479,7 +479,6 @@ def test_one_corpus_only_is_said(tmp_path: Path) -> None:
     text = Reader(written(tmp_path, alone)).text
     assert "one latent, chosen on the other folds, recognises the concept in the folds left" in text
     assert "run again under labels shuffled within topics" in text
-    assert "run again under" in text
     for phrase in ("Confirmed once", "the confirmation set", "confirmation set,"):
         assert phrase not in text.replace("chosen on the confirmation set, tested on", "")
     rows = dict(summary_rows(summarise(alone)))
@@ -498,5 +497,4 @@ def test_paragraphs_and_closing_rows_agree_with_the_summary(found: Results, page
     assert rows["site, pooling"] == f"{SITE}, rule"
     assert rows["longer than the context"].startswith("8 cut, ")
     assert "6 near-duplicates" in rows["left out"]
-    for label, value in rows.items():
-        assert f'<th scope="row">{label}</th><td>{value}</td>' in page
+    assert all(f'<th scope="row">{k}</th><td>{v}</td>' in page for k, v in rows.items())

@@ -10,10 +10,15 @@ from discovery.concepts import Concept
 from discovery.corpora.rows import Text
 
 # scripts that put no space between words: Thai, Lao, Myanmar, Khmer, kana, Han
-_UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
-    "\uf900-\ufaff\U00020000-\U0003ffff]"
+UNSPACED = (
+    "\u0e00-\u0eff"  # Thai, Lao
+    "\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f"  # Burmese
+    "\u1780-\u17ff\u19e0-\u19ff"  # Khmer
+    "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"  # Japanese
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese characters
 )
+"""Characters of scripts that do not part words by white space, as the inside of a class."""
+_UNSPACED = re.compile(f"[{UNSPACED}]")
 
 
 class Leak(NamedTuple):
